@@ -1,0 +1,30 @@
+# The quick start. `make run` and `make test` do all the set-up on a fresh machine with Python 3.11 or newer.
+
+PYTHON ?= python3
+BIN := .venv/bin
+
+.PHONY: run test lint check clean
+
+run: .venv/ready
+	@data=; $(BIN)/python utils.py || { data=--synthetic; \
+	    echo "CIFAR-100 is not to be had here, so what follows runs on SYNTHETIC pictures: it shows that everything"; \
+	    echo "works, but its numbers say nothing about CIFAR-100. data/README.md says where to put the data set."; }; \
+	$(BIN)/python train_mlp.py --overfit-batch $$data && $(BIN)/python train_mlp.py --epochs 5 --name quickstart-$$$$ $$data
+
+test: .venv/ready
+	$(BIN)/python -m pytest
+
+lint: .venv/ready
+	$(BIN)/ruff check .
+
+check: .venv/ready
+	$(BIN)/python evaluate.py --check
+
+.venv/ready: requirements.txt
+	$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11) and "error: Python 3.11 or newer is needed: make PYTHON=python3.11 run")'
+	$(PYTHON) -m venv .venv
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check -r requirements.txt
+	@touch $@
+
+clean:
+	rm -rf .venv

@@ -1,0 +1,372 @@
+"""The training loop that both scripts share, and what it is made of: optimizer, schedule, precision, cost.
+
+It sees training and validation pictures only. All that a resumed run needs is in one dictionary, `_State.capture`;
+everything random is derived from (seed, epoch, step), so there is no generator to save.
+"""
+
+import math
+import signal
+import sys
+import time
+from collections.abc import Iterable
+from dataclasses import dataclass, field, replace
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from torch.utils.flop_counter import FlopCounterMode
+from tqdm import tqdm
+
+from hardware import autocast, choose_precision, machine_facts, peak_memory, prepare_device, wait_for
+from runs import Run
+from settings import Command, Settings
+from utils import Split, UserError, batches, compute_logits, derived_seed, load_cifar100, steps_per_epoch, to_float
+
+REFRESH_SECONDS = 0.5  # between looks at the running loss, each of which waits for the device
+INPUT_SAMPLE = 10_000  # training pictures from which a model fits its normalisation
+
+
+class Interrupted(Exception):
+    """SIGINT or SIGTERM came and the state is saved; `status` is the exit status that says so."""
+
+    def __init__(self, signal_number: int) -> None:
+        super().__init__(signal.Signals(signal_number).name)
+        self.status = 128 + signal_number
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Optimizer, schedule, cost
+# ---------------------------------------------------------------------------------------------------------------------
+
+
+class Muon(torch.optim.Optimizer):
+    """Momentum whose step is orthogonalised: for a weight matrix, every direction is followed at the same rate.
+
+    Jordan et al. 2024 (kellerjordan.github.io/posts/muon), Nesterov momentum. Takes parameters of two dimensions or
+    more, [out, in, ...]; filters are read as matrices [out, in * ...]. `torch.optim.Muon` takes only matrices and
+    always computes in bfloat16, which is 10 times slower than float32 on processors without instructions for it.
+    """
+
+    def __init__(self, params: Iterable[Any], lr: float, momentum: float = 0.9, weight_decay: float = 0.0,
+                 iterations: int = 3, precision: str = "float32") -> None:
+        defaults = {"lr": lr, "momentum": momentum, "weight_decay": weight_decay, "iterations": iterations}
+        super().__init__(params, defaults)
+        self.dtype = getattr(torch, precision)
+
+    @torch.no_grad()
+    def step(self) -> None:
+        for group in self.param_groups:
+            for parameter in group["params"]:
+                state = self.state[parameter]
+                if not state:
+                    state["momentum"] = torch.zeros_like(parameter)
+                momentum = state["momentum"].mul_(group["momentum"]).add_(parameter.grad)
+                direction = parameter.grad.add(momentum, alpha=group["momentum"]).flatten(1).to(self.dtype)
+                update = orthogonalise(direction, group["iterations"]).view_as(parameter)
+                scale = max(1, direction.shape[0] / direction.shape[1]) ** 0.5
+                parameter.mul_(1 - group["lr"] * group["weight_decay"])
+                parameter.add_(update.to(parameter.dtype), alpha=-group["lr"] * scale)
+
+
+def orthogonalise(matrix: Tensor, iterations: int) -> Tensor:
+    """[M, N] with all singular values brought near 1 by Newton-Schulz iterations, in the matrix's own dtype.
+
+    The quintic and its coefficients are Jordan's (2024): few iterations bring every singular value that is not tiny
+    to between about 0.7 and 1.2, which is all that the optimizer needs.
+    """
+    tall = matrix.shape[0] > matrix.shape[1]
+    x = matrix.T if tall else matrix
+    x = x / (x.norm() + 1e-7)
+    for _ in range(iterations):
+        gram = x @ x.T
+        x = 3.4445 * x + (-4.7750 * gram + 2.0315 * gram @ gram) @ x
+    return x.T if tall else x
+
+
+def make_optimizers(model: nn.Module, settings: Settings) -> list[torch.optim.Optimizer]:
+    """What the settings name, each parameter group with its own `peak_lr`.
+
+    Weight decay acts on matrices and filters, not on shifts and scales. Muon takes the matrices and filters below
+    `model.head`, and AdamW the rest, at `other_lr`.
+    """
+    parameters = [p for p in model.parameters() if p.requires_grad]
+    matrices = [p for p in parameters if p.ndim > 1]
+    groups = [{"params": matrices, "weight_decay": settings.weight_decay},
+              {"params": [p for p in parameters if p.ndim <= 1], "weight_decay": 0.0}]
+    if settings.optimizer == "muon":
+        head = {id(p) for p in model.head.parameters()}
+        hidden = [p for p in matrices if id(p) not in head]
+        groups[0]["params"] = [p for p in matrices if id(p) in head]
+        optimizers = [Muon(hidden, lr=settings.lr, weight_decay=settings.weight_decay, precision=settings.precision),
+                      torch.optim.AdamW(groups, lr=settings.other_lr)]
+    elif settings.optimizer == "sgd":
+        optimizers = [torch.optim.SGD(groups, lr=settings.lr, momentum=0.9, nesterov=True)]
+    else:
+        adam = {"adam": torch.optim.Adam, "adamw": torch.optim.AdamW}[settings.optimizer]
+        optimizers = [adam(groups, lr=settings.lr)]
+    for group in all_groups(optimizers):
+        group["peak_lr"] = group["lr"]
+    return optimizers
+
+
+def all_groups(optimizers: list[torch.optim.Optimizer]) -> list[dict[str, Any]]:
+    return [group for optimizer in optimizers for group in optimizer.param_groups]
+
+
+def set_rates(optimizers: list[torch.optim.Optimizer], settings: Settings, progress: float) -> None:
+    """Every group's learning rate when the share `progress` of all steps is done."""
+    for group in all_groups(optimizers):
+        group["lr"] = group["peak_lr"] * rate_factor(settings.schedule, settings.warmup, progress)
+
+
+def rate_factor(schedule: str, warmup: float, progress: float) -> float:
+    """What the peak learning rate is multiplied by when the share `progress` of all steps is done."""
+    if progress < warmup:
+        return progress / warmup
+    left = (1 - progress) / (1 - warmup) if warmup < 1 else 1.0
+    return {"constant": 1.0, "linear": left, "cosine": 0.5 - 0.5 * math.cos(math.pi * left)}[schedule]
+
+
+def forward_flops(model: nn.Module, side: int = 32) -> int:
+    """FLOPs of one picture's forward pass, a multiply-add counted as two, as PyTorch's own counter has them."""
+    was_training = model.training
+    picture = torch.zeros(1, 3, side, side, device=next(model.parameters()).device)
+    with torch.no_grad(), FlopCounterMode(display=False) as counter:
+        model.eval()(picture)
+    model.train(was_training)
+    return counter.get_total_flops()
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# The loop
+# ---------------------------------------------------------------------------------------------------------------------
+
+
+@dataclass
+class _State:
+    """How far a training has come. `loss` and `correct` are sums over the pictures of the epoch under way."""
+
+    loss: Tensor
+    correct: Tensor
+    epoch: int = 0
+    step: int = 0
+    pictures: int = 0
+    epoch_seconds: float = 0.0
+    rows: list[dict[str, Any]] = field(default_factory=list)
+
+    def capture(self, model: nn.Module, optimizers: list[torch.optim.Optimizer]) -> dict[str, Any]:
+        own = {name: getattr(self, name) for name in self.__dataclass_fields__}
+        return {"model": model.state_dict(), "optimizers": [o.state_dict() for o in optimizers], "progress": own}
+
+
+def fit_and_place(model: nn.Module, split: Split, settings: Settings) -> nn.Module:
+    """The model on its device, in channels_last order, with its normalisation fitted to the training pictures."""
+    model.fit_inputs(to_float(split.images[:INPUT_SAMPLE]))
+    return model.to(settings.device, memory_format=torch.channels_last)
+
+
+def train_runs(command: Command) -> int:
+    """What a training script does but for the overfit check: one run a seed, or the one to resume. Returns the exit
+    status.
+    """
+    for seed in command.seeds:
+        if command.resume:
+            run = Run.resume(command.results_dir, command.resume, command.script.settings_class, command.given)
+            settings = prepare_device(run.settings)
+        else:
+            settings = prepare_device(replace(command.settings, seed=seed))
+        train_split, val_split = load_cifar100(
+            settings.data_folder, train_on_all=settings.train_on_all, use_synthetic=settings.synthetic)
+        torch.manual_seed(derived_seed("init", settings.seed))
+        model = fit_and_place(command.script.build_model(settings, len(train_split.fine_names)), train_split, settings)
+        if not command.resume:
+            settings = choose_precision(model, train_split, settings)
+            run = Run.create(command.results_dir, settings, command.name, command.script.command_for(settings))
+        with run:
+            status = _train_and_tell(model, train_split, val_split, run, command)
+        if status:
+            return status
+    return 0
+
+
+def _train_and_tell(model: nn.Module, train_split: Split, val_split: Split | None, run: Run, command: Command) -> int:
+    """One run, with the words a user reads around it; returns the exit status."""
+    settings = run.settings
+    measure = f"measure it on the test set: python evaluate.py {run.name}"
+    if run.finished:
+        print(f"{run.name} is finished already; {measure}")
+        return 0
+    pictures = "SYNTHETIC pictures (their numbers say nothing about CIFAR-100)" if settings.synthetic else "CIFAR-100"
+    print(f"{run.name}: {settings.epochs} epochs on {len(train_split):,} {pictures}, {settings.precision} on "
+          f"{settings.device} with {settings.threads} threads, in {run.folder}", flush=True)
+    try:
+        result = train(model, train_split, val_split, run, quiet=command.quiet)
+    except Interrupted as stop:
+        print(f"\n{stop}: the state is saved; go on with: python {command.script.file} --resume {run.name}",
+              flush=True)
+        return stop.status
+    accuracy = "trained on all pictures, so there is no validation accuracy" if result["val_acc"] is None \
+        else f"validation accuracy {result['val_acc']:.2f}%"
+    print(f"{run.name}: {accuracy}; {result['train_seconds']:.0f} s of training, {result['train_flops']:.2g} FLOPs, "
+          f"{result['images_per_second']:,.0f} images/s\n{measure}", flush=True)
+    return 0
+
+
+def train(
+    model: nn.Module, train_split: Split, val_split: Split | None, run: Run, *, quiet: bool = False
+) -> dict[str, Any]:
+    """Train `model`, placed by `fit_and_place`, as `run.settings` say, from the run's checkpoint if it has one.
+
+    Writes the run's files and returns what `result.json` holds. Raises Interrupted after a signal, with the state
+    saved, and UserError if the loss is no longer finite, with the last good checkpoint in place.
+    """
+    settings = run.settings
+    device = torch.device(settings.device)
+    machine = machine_facts(device.type)
+    data = train_split.to(device)
+    steps = steps_per_epoch(len(data), settings.batch_size)
+    optimizers = make_optimizers(model, settings)
+    state = _State(loss=torch.zeros((), device=device), correct=torch.zeros((), device=device, dtype=torch.int64))
+    saved = run.load_checkpoint(device)
+    if saved is not None:
+        model.load_state_dict(saved["model"])
+        for optimizer, of_optimizer in zip(optimizers, saved["optimizers"], strict=True):
+            optimizer.load_state_dict(of_optimizer)
+        state = _State(**saved["progress"])
+    first_epoch, first_step = state.epoch, state.step
+    model.train()
+
+    next_checkpoint = time.monotonic() + 60 * settings.checkpoint_every
+    with _StopRequest() as stop, tqdm(
+        total=steps * settings.epochs, initial=state.epoch * steps + state.step, unit="step", disable=quiet,
+        mininterval=REFRESH_SECONDS, dynamic_ncols=True, file=sys.stderr,
+    ) as bar:
+        while state.epoch < settings.epochs:
+            start, before, looked = time.perf_counter(), state.epoch_seconds, 0.0
+            epoch = batches(data, settings.batch_size, settings.augmentation, seed=settings.seed, epoch=state.epoch,
+                            first_step=state.step)
+            for images, labels in epoch:
+                done = state.epoch * steps + state.step
+                set_rates(optimizers, settings, done / (steps * settings.epochs))
+                torch.manual_seed(derived_seed("model", settings.seed, state.epoch, state.step))  # dropout
+                logits, loss = training_step(model, optimizers, images, labels, settings)
+                state.loss += loss * len(labels)
+                state.correct += (logits.argmax(1) == labels).sum()
+                state.pictures += len(labels)
+                state.step += 1
+                state.epoch_seconds = before + time.perf_counter() - start
+                bar.update()
+                if time.monotonic() - looked > REFRESH_SECONDS:
+                    looked = time.monotonic()
+                    _describe(bar, state, settings)
+                    _require_finite(model, state, run, weights=False)
+                if stop.signal or time.monotonic() > next_checkpoint:
+                    wait_for(device)
+                    state.epoch_seconds = before + time.perf_counter() - start
+                    _require_finite(model, state, run)
+                    run.save_checkpoint(state.capture(model, optimizers))
+                    next_checkpoint = time.monotonic() + 60 * settings.checkpoint_every
+                if stop.signal:
+                    raise Interrupted(stop.signal)
+            wait_for(device)
+            state.epoch_seconds = before + time.perf_counter() - start
+            _require_finite(model, state, run)
+            _end_epoch(state, model, val_split, optimizers[0].param_groups[0]["lr"])
+            run.log(state.rows)
+            tqdm.write(_epoch_line(state.rows[-1], settings), file=sys.stdout)
+            sys.stdout.flush()
+
+    run.save_checkpoint(state.capture(model, optimizers))
+    last, seconds = state.rows[-1], sum(row["seconds"] for row in state.rows)
+    pictures = len(data) * settings.epochs
+    result = {
+        **{name: last[name] for name in ("train_loss", "train_acc", "val_loss", "val_acc")},
+        "epochs": settings.epochs,
+        "train_seconds": round(seconds, 2),
+        "images_per_second": round(pictures / seconds, 1),
+        "train_flops": 3 * forward_flops(model) * pictures,
+        "parameters": sum(p.numel() for p in model.parameters()),
+        "peak_memory_bytes": peak_memory(device.type),
+        "resumed_at": [first_epoch, first_step] if saved is not None else None,
+        "machine": machine,
+    }
+    run.finish(model, state.rows, result)
+    return result
+
+
+def training_step(
+    model: nn.Module, optimizers: list[torch.optim.Optimizer], images: Tensor, labels: Tensor, settings: Settings
+) -> tuple[Tensor, Tensor]:
+    """One step on a batch; returns the logits, [B, 100], and the mean loss, a scalar, both detached."""
+    with autocast(images.device, settings.precision):
+        logits = model(images.contiguous(memory_format=torch.channels_last))
+    loss = F.cross_entropy(logits.float(), labels, label_smoothing=settings.label_smoothing)
+    descend(loss, optimizers)
+    return logits.detach(), loss.detach()
+
+
+def descend(loss: Tensor, optimizers: list[torch.optim.Optimizer]) -> None:
+    """One step of every optimizer down the gradient of `loss`."""
+    for optimizer in optimizers:
+        optimizer.zero_grad(set_to_none=True)
+    loss.backward()
+    for optimizer in optimizers:
+        optimizer.step()
+
+
+def _end_epoch(state: _State, model: nn.Module, val_split: Split | None, lr: float) -> None:
+    """Add the epoch's row (accuracies in percent) and go on to the next epoch."""
+    row = {"epoch": state.epoch + 1, "train_loss": float(state.loss) / state.pictures,
+           "train_acc": 100 * float(state.correct) / state.pictures, "val_loss": None, "val_acc": None,
+           "lr": lr, "seconds": round(state.epoch_seconds, 3)}
+    if val_split is not None:
+        logits = compute_logits(model, val_split.images)
+        row["val_loss"] = float(F.cross_entropy(logits, val_split.fine_labels))
+        row["val_acc"] = 100 * float((logits.argmax(1) == val_split.fine_labels).float().mean())
+    state.rows.append(row)
+    state.epoch, state.step, state.pictures, state.epoch_seconds = state.epoch + 1, 0, 0, 0.0
+    state.loss.zero_()
+    state.correct.zero_()
+
+
+def _require_finite(model: nn.Module, state: _State, run: Run, *, weights: bool = True) -> None:
+    finite = bool(torch.isfinite(state.loss))
+    if finite and (not weights or all(bool(torch.isfinite(p).all()) for p in model.parameters())):
+        return
+    kept = f"the checkpoint before that is kept in {run.folder}" if run.checkpoint_path.exists() \
+        else "there was no checkpoint yet"
+    raise UserError(f"the {'weights' if finite else 'loss'} of {run.name} stopped being finite by epoch "
+                    f"{state.epoch + 1}, step {state.step}; {kept}; try a smaller --lr or --precision float32")
+
+
+def _describe(bar: tqdm, state: _State, settings: Settings) -> None:
+    rate = state.pictures / max(state.epoch_seconds, 1e-9)
+    bar.set_description_str(f"epoch {state.epoch + 1}/{settings.epochs}", refresh=False)
+    bar.set_postfix_str(f"loss {float(state.loss) / state.pictures:.3f}, {rate:,.0f} images/s")
+
+
+def _epoch_line(row: dict[str, Any], settings: Settings) -> str:
+    val = "" if row["val_acc"] is None else f", val loss {row['val_loss']:.3f}, val acc {row['val_acc']:.2f}%"
+    return (f"epoch {row['epoch']:>3}/{settings.epochs}: train loss {row['train_loss']:.3f}, "
+            f"train acc {row['train_acc']:.2f}%{val}, {row['seconds']:.1f} s")
+
+
+class _StopRequest:
+    """While the block lasts, a first SIGINT or SIGTERM only sets `signal`; a second one acts as it always does."""
+
+    def __enter__(self) -> "_StopRequest":
+        self.signal = 0
+        self._before = {number: signal.signal(number, self._note) for number in (signal.SIGINT, signal.SIGTERM)}
+        return self
+
+    def _note(self, number: int, frame: object) -> None:
+        self.signal = number
+        self._restore()
+
+    def _restore(self) -> None:
+        for number, handler in self._before.items():
+            signal.signal(number, handler)
+
+    def __exit__(self, *exception: object) -> None:
+        self._restore()

@@ -1,0 +1,356 @@
+"""Measure finished runs on the test set, publish them, and write the README's results table.
+
+    python evaluate.py                   # every run with weights; prints a table, renews results.json and README.md
+    python evaluate.py mlp-s0            # these runs only; nothing is renewed
+    python evaluate.py --publish mlp-s0  # copy a finished run to results/published/ first
+    python evaluate.py --check           # change nothing; exit 1 if a published number does not hold
+
+The test set is opened here and nowhere in training. Logits are computed once a run, in float32, and kept as
+`predictions.npz`; every number is a pure function of logits and labels.
+"""
+
+import hashlib
+import json
+import math
+import re
+import shutil
+import sys
+from collections.abc import Iterable
+from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+
+from models import load_model
+from runs import PUBLISHED, read_json, replacing, write_json, write_text
+from settings import RESULTS_DIR, ROOT, Parser, exit_status
+from utils import UserError, compute_logits, default_data_dir, load_test_set, picture_hashes
+
+RECORDED = ("config.json", "metrics.csv", "loss.png", "result.json")
+MAX_WEIGHTS_BYTES = 25_000_000
+CHECKED_PICTURES = 1000
+CHECK_TOLERANCE = 0.03  # of a logit: float16 rounds logits of this size by up to 0.008, processors differ by far less
+TABLE_START = "<!-- results: written by `python evaluate.py`, checked by `python evaluate.py --check` -->"
+TABLE_END = "<!-- end of results -->"
+
+CITED = (
+    {"model": "guessing", "top1": "1.0", "source": "one class in a hundred"},
+    {"model": "original author's CNN (their checkpoint)", "top1": "33.0",
+     "source": "measured on the same pictures; 99.8 on the training set"},
+    {"model": "a human annotator", "top1": "59.8", "source": "CIFAR-100N, Wei et al. 2022, arXiv 2110.12088"},
+)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Numbers: pure functions of logits and labels
+# ---------------------------------------------------------------------------------------------------------------------
+
+
+def measure(logits: np.ndarray, fine_labels: np.ndarray, coarse_labels: np.ndarray) -> dict[str, float]:
+    """Accuracies in percent and the cross-entropy in nats, of logits [N, C] and labels, int64 [N].
+
+    A superclass's probability is the sum of its classes'; which classes those are, the two kinds of labels tell.
+    """
+    logits = logits.astype(np.float64)
+    log_probabilities = logits - np.logaddexp.reduce(logits, axis=1, keepdims=True)
+    coarse_of_fine = np.zeros(logits.shape[1], dtype=np.int64)
+    coarse_of_fine[fine_labels] = coarse_labels
+    membership = np.eye(coarse_labels.max() + 1)[coarse_of_fine]
+    of_label = np.take_along_axis(log_probabilities, fine_labels[:, None], axis=1)
+    rank = (log_probabilities > of_label).sum(1)
+    coarse_guess = (np.exp(log_probabilities) @ membership).argmax(1)
+    return {
+        "top1": 100 * float((logits.argmax(1) == fine_labels).mean()),
+        "top5": 100 * float((rank < 5).mean()),
+        "superclass": 100 * float((coarse_guess == coarse_labels).mean()),
+        "cross_entropy": -float(of_label.mean()),
+    }
+
+
+def interval95(percent: float, n: int) -> tuple[float, float]:
+    """Wilson's 95% interval of an accuracy measured on `n` pictures, in percent (Wilson 1927)."""
+    z, p = 1.959964, percent / 100
+    middle = (p + z**2 / (2 * n)) / (1 + z**2 / n)
+    half = z / (1 + z**2 / n) * math.sqrt(p * (1 - p) / n + z**2 / (4 * n**2))
+    return 100 * (middle - half), 100 * (middle + half)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Runs and their predictions
+# ---------------------------------------------------------------------------------------------------------------------
+
+
+class TestPictures:
+    """The test set in the order of its pictures' hashes, the same for every distribution of the files."""
+
+    def __init__(self, data_dir: str, *, synthetic: bool = False) -> None:
+        split = load_test_set(data_dir, use_synthetic=synthetic)
+        hashes = picture_hashes(split.images)
+        order = torch.from_numpy(np.argsort(hashes, kind="stable"))
+        self.hashes = hashes[order.numpy()]
+        self.images = split.images[order]
+        self.fine_labels, self.coarse_labels = split.fine_labels[order].numpy(), split.coarse_labels[order].numpy()
+
+
+@dataclass(frozen=True)
+class FinishedRun:
+    """A run's folder, read."""
+
+    folder: Path
+
+    @property
+    def name(self) -> str:
+        return self.folder.name
+
+    @cached_property
+    def config(self) -> dict[str, Any]:
+        return read_json(self.folder / "config.json")
+
+    @cached_property
+    def result(self) -> dict[str, Any]:
+        return read_json(self.folder / "result.json")
+
+    @property
+    def synthetic(self) -> bool:
+        return self.config["settings"]["synthetic"]
+
+    @property
+    def published(self) -> bool:
+        return self.folder.parent.name == PUBLISHED
+
+    @property
+    def weights(self) -> Path:
+        return self.folder / "model.safetensors"
+
+    def logits(self, test: TestPictures) -> np.ndarray:
+        """float16 [N, 100] in the order of `test`: kept ones if they are those of the weights, else computed and kept.
+
+        Raises UserError if kept predictions are of other pictures, or there is nothing to compute them from.
+        """
+        path = self.folder / "predictions.npz"
+        digest = hashlib.sha256(self.weights.read_bytes()).hexdigest() if self.weights.exists() else None
+        if path.exists():
+            logits, hashes, of_weights = _read_predictions(path)
+            if digest is None or of_weights == digest:
+                if not np.array_equal(hashes, test.hashes):
+                    raise UserError(f"{path} has predictions for other pictures than this test set's: delete it")
+                return logits
+            if self.published:
+                raise UserError(f"{path} does not belong to the weights beside it: one of the two was replaced")
+        if digest is None:
+            raise UserError(f"{self.folder} has neither weights nor predictions")
+        logits = compute_logits(load_model(self.weights), test.images).numpy().astype(np.float16)
+        with replacing(path) as partial, open(partial, "wb") as file:
+            np.savez_compressed(file, logits=logits, hash=test.hashes, weights_sha256=np.array(digest))
+        return logits
+
+
+def _read_predictions(path: Path) -> tuple[np.ndarray, np.ndarray, str]:
+    """logits float16 [N, 100], hashes uint64 [N], and the SHA-256 of the weights they came from."""
+    try:
+        with np.load(path, allow_pickle=False) as file:
+            return file["logits"], file["hash"], str(file["weights_sha256"])
+    except Exception as error:  # numpy raises nearly anything for a damaged archive
+        raise UserError(f"{path} is damaged ({type(error).__name__}): delete it and evaluate again") from error
+
+
+def find_runs(results_dir: Path) -> list[FinishedRun]:
+    """Every finished run that has weights or, where published, predictions: a user's own, then the published ones."""
+    own, published = sorted(results_dir.glob("*/result.json")), sorted((results_dir / PUBLISHED).glob("*/result.json"))
+    return [FinishedRun(path.parent) for path in own if (path.parent / "model.safetensors").exists()] \
+        + [FinishedRun(path.parent) for path in published]
+
+
+def publish(name: str, results_dir: Path, test: TestPictures) -> Path:
+    """Copy a finished run, or an overfit check such as overfit_batch/mlp, to where published ones are; returns where.
+
+    Only one seed of a recipe keeps its weights. Raises UserError for a run that must not be published.
+    """
+    source = results_dir / name
+    if not source.is_dir():
+        raise UserError(f"there is no run {source}")
+    if (source / "overfit.json").exists():
+        if read_json(source / "overfit.json")["synthetic"]:
+            raise UserError(f"{source} was made with synthetic pictures: it cannot be published")
+        return Path(shutil.copytree(source, results_dir / PUBLISHED / name, dirs_exist_ok=True))
+
+    run = FinishedRun(source)
+    if not (source / "result.json").exists():
+        raise UserError(f"{source} is not finished: go on with --resume {name} first")
+    settings = run.config["settings"]
+    if run.synthetic:
+        raise UserError(f"{source} was trained on synthetic pictures: it cannot be published")
+    if not settings["train_on_all"]:
+        raise UserError(f"{source} was not trained on all pictures: train it again with --train-on-all")
+    target = results_dir / PUBLISHED / f"{settings['recipe']}-s{settings['seed']}"
+    if target.exists():
+        raise UserError(f"{target} is published already: remove it first if it is to be replaced")
+    run.logits(test)
+    siblings = list(target.parent.glob(f"{settings['recipe']}-s*/model.safetensors"))
+    keeps_weights = not siblings and run.weights.stat().st_size <= MAX_WEIGHTS_BYTES
+    partial = target.with_name(f".{target.name}.partial")
+    shutil.rmtree(partial, ignore_errors=True)
+    partial.mkdir(parents=True)
+    for file in (*RECORDED, "predictions.npz", *(["model.safetensors"] if keeps_weights else [])):
+        shutil.copyfile(source / file, partial / file)
+    partial.rename(target)
+    return target
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Tables
+# ---------------------------------------------------------------------------------------------------------------------
+
+
+def summarise(runs: list[FinishedRun], test: TestPictures) -> list[dict[str, Any]]:
+    """One row a recipe, over its seeds: what `results.json` holds and the README's table is made from."""
+    recipes: dict[str, list[FinishedRun]] = {}
+    for run in runs:
+        recipes.setdefault(run.config["settings"]["recipe"], []).append(run)
+    rows = [_summary(recipe, seeds, test) for recipe, seeds in recipes.items()]
+    return sorted(rows, key=lambda row: row["top1"]["mean"])
+
+
+def _summary(recipe: str, runs: list[FinishedRun], test: TestPictures) -> dict[str, Any]:
+    runs = sorted(runs, key=lambda run: run.config["settings"]["seed"])
+    seeds = [run.config["settings"]["seed"] for run in runs]
+    commands = {re.sub(r" --seed \d+$", "", run.config["command"]) for run in runs}
+    if len(commands) > 1:
+        raise UserError(f"the published runs of {recipe} differ in their settings: {'; '.join(sorted(commands))}")
+    measured = [measure(run.logits(test), test.fine_labels, test.coarse_labels) for run in runs]
+    several = f"--seeds {','.join(map(str, seeds))}" if len(seeds) > 1 else f"--seed {seeds[0]}"
+    row: dict[str, Any] = {"recipe": recipe, "seeds": seeds, "parameters": runs[0].result["parameters"]}
+    for name in measured[0]:
+        values = [numbers[name] for numbers in measured]
+        row[name] = {"mean": round(float(np.mean(values)), 4),
+                     "std": round(float(np.std(values, ddof=1)), 4) if len(values) > 1 else None,
+                     "each": [round(value, 4) for value in values]}
+    row["interval95"] = [round(bound, 2) for bound in interval95(row["top1"]["mean"], len(test.hashes))]
+    row["train_seconds"] = [run.result["train_seconds"] for run in runs]
+    row["train_flops"] = runs[0].result["train_flops"]
+    row["precision"], row["device"] = (runs[0].config["settings"][key] for key in ("precision", "device"))
+    row["machines"] = [run.result["machine"] for run in runs]
+    row["command"] = f"{commands.pop()} {several}"
+    return row
+
+
+def readme_table(rows: list[dict[str, Any]]) -> str:
+    """The README's table, Markdown, from the rows of `results.json`, with the cited ones among them."""
+    lines = ["| model | parameters | test top-1 (%) | top-5 (%) | superclass (%) | training | hardware "
+             "| command or source |", "|---|---:|---:|---:|---:|---:|---|---|"]
+    ranked = [(float(cited["top1"]), f"| *{cited['model']}* | | *{cited['top1']}* | | | | | *{cited['source']}* |")
+              for cited in CITED]
+    ranked += [(row["top1"]["mean"], _readme_row(row)) for row in rows]
+    return "\n".join([*lines, *(line for _, line in sorted(ranked))])
+
+
+def _readme_row(row: dict[str, Any]) -> str:
+    if row["top1"]["std"] is None:
+        low, high = row["interval95"]
+        top1 = f"**{row['top1']['mean']:.2f}** (one seed; 95% interval {low:.1f} to {high:.1f})"
+    else:
+        top1 = f"**{row['top1']['mean']:.2f}** ± {row['top1']['std']:.2f} ({len(row['seeds'])} seeds)"
+    machine, seconds = row["machines"][0], float(np.mean(row["train_seconds"]))
+    time = f"{seconds / 60:.1f} min" if seconds >= 60 else f"{seconds:.1f} s"
+    threads = f", {machine['threads']} threads" if row["device"] == "cpu" else ""
+    return (f"| {row['recipe']} | {row['parameters'] / 1e6:.2f} M | {top1} | {row['top5']['mean']:.2f} "
+            f"| {row['superclass']['mean']:.2f} | {time}, {row['train_flops']:.2g} FLOPs "
+            f"| {machine['processor']}{threads}, {row['precision']} | `{row['command']}` |")
+
+
+def run_table(runs: Iterable[FinishedRun], tests: dict[bool, TestPictures]) -> str:
+    """One line a run, for the screen."""
+    lines = [f"{'run':<28} {'top-1 (95% interval)':>22} {'top-5':>7} {'superclass':>10} {'cross-entropy':>13} "
+             f"{'parameters':>11} {'training':>9}  trained on"]
+    for run in runs:
+        test = tests[run.synthetic]
+        numbers = measure(run.logits(test), test.fine_labels, test.coarse_labels)
+        low, high = interval95(numbers["top1"], len(test.hashes))
+        whole = run.config["settings"]["train_on_all"]
+        pictures = "SYNTHETIC" if run.synthetic else "all 50,000" if whole else "45,000"
+        name = f"{PUBLISHED}/{run.name}" if run.published else run.name
+        top1 = f"{numbers['top1']:.2f} ({low:.2f}–{high:.2f})"
+        lines.append(f"{name:<28} {top1:>22} {numbers['top5']:>7.2f} {numbers['superclass']:>10.2f} "
+                     f"{numbers['cross_entropy']:>13.4f} {run.result['parameters']:>11,} "
+                     f"{run.result['train_seconds']:>7.0f} s  {pictures}")
+    return "\n".join(lines)
+
+
+def with_table(readme: str, table: str) -> str:
+    """The README's text with what stands between the two markers replaced."""
+    start, end = readme.find(TABLE_START), readme.find(TABLE_END)
+    if start < 0 or end < start:
+        raise UserError(f"README.md has lost the markers around its results table: {TABLE_START} and {TABLE_END}")
+    return f"{readme[:start]}{TABLE_START}\n{table}\n{readme[end:]}"
+
+
+def check(runs: list[FinishedRun], test: TestPictures, results_dir: Path, readme: Path) -> list[str]:
+    """What is published but does not hold, a line each: an empty list is a pass."""
+    rows, problems = summarise(runs, test), []
+    if not rows:
+        problems.append(f"nothing is published in {results_dir / PUBLISHED}")
+    if read_json(results_dir / "results.json") != json.loads(json.dumps(rows)):
+        problems.append("results/results.json is not what the published predictions give: run python evaluate.py")
+    if with_table(readme.read_text(), readme_table(rows)) != readme.read_text():
+        problems.append("README.md's table is not what the published predictions give: run python evaluate.py")
+    some = np.linspace(0, len(test.hashes) - 1, CHECKED_PICTURES).astype(int)
+    for run in runs:
+        if run.weights.exists():
+            again = compute_logits(load_model(run.weights), test.images[torch.from_numpy(some)]).numpy()
+            difference = float(np.abs(again - run.logits(test)[some].astype(np.float32)).max())
+            if not difference <= CHECK_TOLERANCE:
+                problems.append(f"{run.folder}: weights and predictions differ by {difference:.3f} in a logit")
+    return problems
+
+
+def main(argv: list[str] | None = None) -> int:
+    parser = Parser(prog="evaluate.py", description=__doc__)
+    parser.add_argument("runs", nargs="*", metavar="RUN", help="measure these runs only (default: all)")
+    parser.add_argument("--publish", metavar="NAME", action="append", default=[],
+                        help="copy a finished run to results/published/ first")
+    parser.add_argument("--check", action="store_true",
+                        help="change nothing, exit 1 if a published number does not hold")
+    parser.add_argument("--data-dir", default=default_data_dir(), metavar="FOLDER", help="folder of the data set")
+    parser.add_argument("--results-dir", type=Path, default=RESULTS_DIR, metavar="FOLDER", help="folder of all runs")
+    options = parser.parse_args(argv)
+    if options.check and (options.runs or options.publish):
+        raise UserError("--check is about everything published: give it alone")
+    results_dir, readme = options.results_dir, ROOT / "README.md"
+
+    runs = find_runs(results_dir)
+    if options.runs:
+        by_name = {f"{PUBLISHED}/{run.name}" if run.published else run.name: run for run in runs}
+        missing = [name for name in options.runs if name not in by_name]
+        if missing:
+            raise UserError(f"no finished run in {results_dir} is called {', '.join(missing)}; "
+                            f"there are: {', '.join(sorted(by_name)) or 'none'}")
+        runs = [by_name[name] for name in options.runs]
+    kinds = {run.synthetic for run in runs} | ({False} if options.publish or options.check else set())
+    tests = {synthetic: TestPictures(options.data_dir, synthetic=synthetic) for synthetic in kinds}
+
+    if options.check:
+        problems = check([run for run in runs if run.published], tests[False], results_dir, readme)
+        print("\n".join(problems) or "every published number holds")
+        return 1 if problems else 0
+    for name in options.publish:
+        print(f"published: {publish(name, results_dir, tests[False])}")
+    if options.publish:
+        runs = find_runs(results_dir)
+        tests |= {run.synthetic: TestPictures(options.data_dir, synthetic=True) for run in runs if run.synthetic}
+    if not runs:
+        raise UserError(f"there is no finished run in {results_dir}: train one first, say with python train_mlp.py")
+    print(run_table(runs, tests))
+    published = [run for run in runs if run.published]
+    if published and not options.runs and results_dir == RESULTS_DIR:
+        rows = summarise(published, tests[False])
+        write_json(results_dir / "results.json", rows)
+        write_text(readme, with_table(readme.read_text(), readme_table(rows)))
+        print("README.md and results/results.json are up to date")
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(exit_status(main))

@@ -1,0 +1,158 @@
+"""The single-batch overfit check: can this network, with this loss, memorise one batch?
+
+Karpathy (2019): "overfit a single batch of only a few examples ... verify that we can reach the lowest achievable
+loss". Beside plain cross-entropy the check runs three losses that are easily mistaken for it, since a bug in the loss
+shows here first. Both training scripts share it.
+"""
+
+import csv
+import math
+from collections.abc import Callable, Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from tqdm import tqdm
+
+from engine import descend, fit_and_place, make_optimizers, set_rates
+from hardware import prepare_device
+from runs import replacing, save_figure, write_json
+from settings import Command, Settings
+from utils import Augmentation, batches, derived_seed, load_cifar100
+
+
+@dataclass(frozen=True)
+class Reading:
+    """One reading of "the loss": what is minimised, and which class an output then means.
+
+    loss: outputs [B, num_outputs] and labels, int64 [B] -> scalar; predict: outputs -> labels.
+    """
+
+    title: str
+    colour: str
+    num_outputs: int
+    loss: Callable[[Tensor, Tensor], Tensor]
+    predict: Callable[[Tensor], Tensor]
+
+
+def _largest(outputs: Tensor) -> Tensor:
+    return outputs.argmax(1)
+
+
+READINGS = {
+    "cross-entropy": Reading("cross-entropy", "#0072B2", 100, F.cross_entropy, _largest),
+    "mse-onehot": Reading("MSE against the one-hot label", "#009E73", 100,
+                          lambda outputs, labels: F.mse_loss(outputs, F.one_hot(labels, 100).float()), _largest),
+    "mse-index": Reading("MSE of one output against the class index", "#D55E00", 1,
+                         lambda outputs, labels: F.mse_loss(outputs[:, 0], labels.float()),
+                         lambda outputs: outputs[:, 0].round().long()),
+    "softmax-twice": Reading("cross-entropy of outputs already through a softmax", "#CC79A7", 100,
+                             lambda outputs, labels: F.cross_entropy(outputs.softmax(1), labels), _largest),
+}
+LOSSES = tuple(READINGS)
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """What one reading came to. `curve` has the loss before each step and, as its last entry, after the last one."""
+
+    curve: tuple[float, ...]
+    memorised: int
+    batch_size: int
+
+    @property
+    def passed(self) -> bool:
+        return self.memorised == self.batch_size
+
+    def summary(self) -> dict[str, Any]:
+        return {"first": self.curve[0], "last": self.curve[-1], "lowest": min(self.curve),
+                "highest_in_second_half": max(self.curve[len(self.curve) // 2:]),
+                "memorised": self.memorised, "batch_size": self.batch_size, "passed": self.passed}
+
+
+def overfit_batch(command: Command, model_name: str) -> int:
+    """Run the check, write its figure, curves and numbers to <results>/overfit_batch/<model_name>, print the table.
+
+    Returns the exit status: 0 only if plain cross-entropy memorised the whole batch.
+    """
+    settings = prepare_device(command.settings)
+    readings = {name: reading for name, reading in READINGS.items()
+                if command.loss in (None, name) or name == "cross-entropy"}
+    split, _ = load_cifar100(settings.data_folder, train_on_all=settings.train_on_all, use_synthetic=settings.synthetic)
+    images, labels = next(batches(split, settings.batch_size, Augmentation(), seed=settings.seed, epoch=0))
+    images, labels = images.to(settings.device), labels.to(settings.device)
+    outcomes = {}
+    for name, reading in readings.items():
+        torch.manual_seed(derived_seed("init", settings.seed))
+        model = fit_and_place(command.script.build_model(settings, reading.num_outputs), split, settings)
+        outcomes[name] = memorise(model, images, labels, reading, settings, quiet=command.quiet)
+
+    folder = command.results_dir / "overfit_batch" / model_name
+    folder.mkdir(parents=True, exist_ok=True)
+    write_json(folder / "overfit.json", {"settings": asdict(settings), "synthetic": settings.synthetic,
+                                         "readings": {name: outcome.summary() for name, outcome in outcomes.items()}})
+    _write_curves(outcomes, folder / "curves.csv")
+    save_figure(overfit_figure(outcomes, settings), folder / "overfit.png")
+    print(overfit_table(outcomes))
+    print(f"figure, curves and numbers are in {folder}")
+    return 0 if outcomes["cross-entropy"].passed else 1
+
+
+def memorise(
+    model: nn.Module, images: Tensor, labels: Tensor, reading: Reading, settings: Settings, *, quiet: bool = False
+) -> Outcome:
+    """Train on one fixed batch, images float32 [B, 3, 32, 32] and labels int64 [B], for `settings.epochs` steps."""
+    optimizers = make_optimizers(model, settings)
+    model.train()
+    curve = []
+    for step in tqdm(range(settings.epochs), desc=reading.title, unit="step", leave=False, disable=quiet):
+        set_rates(optimizers, settings, step / settings.epochs)
+        loss = reading.loss(model(images), labels)
+        descend(loss, optimizers)
+        curve.append(loss.item())
+    with torch.no_grad():
+        outputs = model(images)
+    memorised = int((reading.predict(outputs) == labels).sum())
+    return Outcome((*curve, reading.loss(outputs, labels).item()), memorised, len(labels))
+
+
+def overfit_table(outcomes: dict[str, Outcome]) -> str:
+    """The outcomes as a Markdown table."""
+    lines = ["| loss | first | last | lowest | memorised | |", "|---|---:|---:|---:|---:|---|"]
+    for name, outcome in outcomes.items():
+        numbers = outcome.summary()
+        losses = " | ".join(f"{numbers[key]:.4g}" for key in ("first", "last", "lowest"))
+        lines.append(f"| {READINGS[name].title} | {losses} | {outcome.memorised} of {outcome.batch_size} "
+                     f"| {'PASS' if outcome.passed else 'FAIL'} |")
+    return "\n".join(lines)
+
+
+def overfit_figure(outcomes: dict[str, Outcome], settings: Settings):
+    """The loss curves on a logarithmic scale, as a matplotlib Figure."""
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(9, 4.2), layout="constrained")
+    axes = figure.subplots()
+    for name, outcome in outcomes.items():
+        finite = [value if math.isfinite(value) and value > 0 else math.nan for value in outcome.curve]
+        axes.plot(finite, color=READINGS[name].colour, lw=1.3,
+                  label=f"{READINGS[name].title}: {outcome.memorised} of {outcome.batch_size}")
+    axes.axhline(math.log(100), color="0.5", lw=1, ls=":", label="ln 100 = 4.605: cross-entropy of guessing")
+    axes.set(yscale="log", xlabel="step (the same batch every time)", ylabel="loss")
+    axes.grid(alpha=0.3)
+    figure.legend(title="loss: pictures memorised", loc="outside lower center", ncols=2, frameon=False)
+    data = "SYNTHETIC PICTURES, not CIFAR-100" if settings.synthetic else "CIFAR-100"
+    figure.suptitle(f"Overfitting one batch of {settings.batch_size}, {data}: {settings.optimizer}, lr {settings.lr:g}")
+    return figure
+
+
+def _write_curves(outcomes: dict[str, Outcome], path: Path) -> None:
+    curves: Sequence[Sequence[float]] = [outcome.curve for outcome in outcomes.values()]
+    with replacing(path) as partial, open(partial, "w", newline="") as file:
+        writer = csv.writer(file, lineterminator="\n")
+        writer.writerow(["step", *outcomes])
+        for step, values in enumerate(zip(*curves, strict=True)):
+            writer.writerow([step, *(f"{value:.6g}" for value in values)])

@@ -1,0 +1,227 @@
+"""The folder that a training writes: settings, metrics, checkpoint, weights, result and learning curves.
+
+`Run` owns every path and every write of it; each file is put in place whole or not at all.
+"""
+
+import csv
+import dataclasses
+import fcntl
+import io
+import json
+import os
+import platform
+import re
+import subprocess
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from torch import nn
+
+from models import save_model
+from settings import ROOT, Settings, flag_of, show
+from utils import UserError
+
+PUBLISHED = "published"  # the folder, below results/, of the runs that are committed
+METRICS = ("epoch", "train_loss", "train_acc", "val_loss", "val_acc", "lr", "seconds")
+BLUE, ORANGE = "#0072B2", "#D55E00"  # Okabe and Ito's palette, told apart by colour-blind readers too
+PLOT_EVERY = 15.0  # seconds: drawing a figure takes a good part of one
+
+
+@contextmanager
+def replacing(path: Path) -> Iterator[Path]:
+    """A path to write to that replaces `path` when the block ends: whole or, if anything fails, not at all."""
+    partial = path.with_name(f".{path.name}.{os.getpid()}.partial")
+    try:
+        yield partial
+        with open(partial, "rb") as file:
+            os.fsync(file.fileno())
+        os.replace(partial, path)
+    finally:
+        partial.unlink(missing_ok=True)
+
+
+def write_text(path: Path, text: str) -> None:
+    with replacing(path) as partial:
+        partial.write_text(text)
+
+
+def write_json(path: Path, value: Any) -> None:
+    write_text(path, json.dumps(value, indent=2) + "\n")
+
+
+def read_json(path: Path) -> Any:
+    try:
+        return json.loads(path.read_text())
+    except FileNotFoundError:
+        raise UserError(f"{path} is missing") from None
+    except ValueError as error:
+        raise UserError(f"{path} is no JSON ({error}); was it edited?") from None
+
+
+class Run:
+    """The folder of one training, locked as long as the `with` block that uses it lasts."""
+
+    def __init__(self, folder: Path, settings: Settings) -> None:
+        self.folder, self.name, self.settings = folder, folder.name, settings
+        self.checkpoint_path = folder / "checkpoint.pt"
+        self.weights_path = folder / "model.safetensors"
+        self.result_path = folder / "result.json"
+        self._last_plot = -PLOT_EVERY
+        self._lock = open(folder / ".lock", "w")  # noqa: SIM115 (held until __exit__)
+        try:
+            fcntl.flock(self._lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            self._lock.close()
+            raise UserError(f"the run {folder} is in use by another process; wait for it or stop it") from None
+
+    def __enter__(self) -> "Run":
+        return self
+
+    def __exit__(self, *exception: object) -> None:
+        self._lock.close()
+
+    @classmethod
+    def create(cls, results_dir: Path, settings: Settings, name: str | None, command: str) -> "Run":
+        """A new folder, never one that is there already: `name`, or <recipe>-s<seed> with -2, -3, ... appended."""
+        results_dir.mkdir(parents=True, exist_ok=True)
+        if name is None:
+            base, count = f"{settings.recipe}-s{settings.seed}", 1
+            folder = results_dir / base
+            while not _make(folder):
+                count += 1
+                folder = results_dir / f"{base}-{count}"
+        else:
+            folder = results_dir / _checked_name(name)
+            if not _make(folder):
+                raise UserError(f"the run {folder} exists: choose another --name, or go on with --resume {name}")
+        run = cls(folder, settings)
+        config = {"settings": dataclasses.asdict(settings), "command": command, **provenance()}
+        write_json(folder / "config.json", config)
+        return run
+
+    @classmethod
+    def resume(cls, results_dir: Path, name: str, settings_class: type[Settings], given: dict[str, Any]) -> "Run":
+        """The run `name` with the settings it was started with; those in `given` must not contradict them."""
+        folder = results_dir / _checked_name(name)
+        if not folder.is_dir():
+            raise UserError(f"there is no run {folder} to resume")
+        settings = settings_class.from_config(read_json(folder / "config.json")["settings"])
+        may_differ = {f.name for f in dataclasses.fields(settings) if f.metadata["resumable"]}
+        for setting_name, value in given.items():
+            was = getattr(settings, setting_name)
+            if setting_name in may_differ:
+                settings = dataclasses.replace(settings, **{setting_name: value})
+            elif value != was and value != "auto":
+                raise UserError(f"the run {name} was started with {flag_of(setting_name)} {show(was)}, "
+                                f"not {show(value)}: resume it without that flag, or start a new run")
+        return cls(folder, settings)
+
+    @property
+    def finished(self) -> bool:
+        return self.result_path.exists()
+
+    def save_checkpoint(self, state: dict[str, Any]) -> None:
+        with replacing(self.checkpoint_path) as partial:
+            torch.save(state, partial)
+
+    def load_checkpoint(self, device: torch.device) -> dict[str, Any] | None:
+        """What `save_checkpoint` was given last, or None before the first one."""
+        if not self.checkpoint_path.exists():
+            return None
+        try:
+            return torch.load(self.checkpoint_path, map_location=device, weights_only=True)
+        except Exception as error:  # torch.load raises nearly anything for a damaged file
+            raise UserError(f"{self.checkpoint_path} is damaged ({type(error).__name__}): "
+                            "delete it to start this run from the beginning") from error
+
+    def log(self, rows: list[dict[str, Any]]) -> None:
+        """Write all epochs so far to `metrics.csv` and draw them."""
+        text = io.StringIO()
+        writer = csv.DictWriter(text, METRICS, lineterminator="\n")
+        writer.writeheader()
+        writer.writerows(rows)
+        write_text(self.folder / "metrics.csv", text.getvalue())
+        if time.monotonic() - self._last_plot >= PLOT_EVERY:
+            self.plot(rows)
+
+    def plot(self, rows: list[dict[str, Any]]) -> None:
+        save_figure(learning_curves(rows, self.name, synthetic=self.settings.synthetic), self.folder / "loss.png")
+        self._last_plot = time.monotonic()
+
+    def finish(self, model: nn.Module, rows: list[dict[str, Any]], result: dict[str, Any]) -> None:
+        """Put the last figure, the weights and, as the last thing, the result in place."""
+        self.log(rows)
+        self.plot(rows)
+        with replacing(self.weights_path) as partial:
+            save_model(model, partial)
+        write_json(self.result_path, result)
+
+
+def _make(folder: Path) -> bool:
+    try:
+        folder.mkdir()
+    except FileExistsError:
+        return False
+    return True
+
+
+def _checked_name(name: str) -> str:
+    if not re.fullmatch(r"[A-Za-z0-9][A-Za-z0-9._-]{0,99}", name) or name in (PUBLISHED, "overfit_batch"):
+        raise UserError(f"{name!r} cannot name a run: use letters, digits, '.', '_' and '-', "
+                        "and neither 'published' nor 'overfit_batch'")
+    return name
+
+
+def provenance() -> dict[str, Any]:
+    """What has to be known beside the settings to make a number again."""
+
+    def git(*words: str) -> str | None:
+        try:
+            done = subprocess.run(["git", "-C", str(ROOT), *words], capture_output=True, text=True, timeout=10)
+        except (OSError, subprocess.TimeoutExpired):
+            return None
+        return done.stdout.strip() if done.returncode == 0 else None
+
+    return {
+        "started": time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime()),
+        "git_commit": git("rev-parse", "HEAD"),
+        "git_changes": bool(git("status", "--porcelain", "--untracked-files=no")),
+        "versions": {"python": platform.python_version(), "torch": torch.__version__, "numpy": np.__version__},
+        "platform": platform.platform(),
+    }
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Figures
+# ---------------------------------------------------------------------------------------------------------------------
+
+
+def learning_curves(rows: list[dict[str, Any]], name: str, *, synthetic: bool = False):
+    """Loss and accuracy over the epochs, training and validation, as a matplotlib Figure."""
+    from matplotlib.figure import Figure  # here, because importing matplotlib takes a good second
+
+    figure = Figure(figsize=(9, 3.6), layout="constrained")
+    epochs = [row["epoch"] for row in rows]
+    labels = {"loss": "cross-entropy (nats)", "acc": "top-1 accuracy (%)"}
+    for axes, (metric, label) in zip(figure.subplots(1, 2), labels.items(), strict=True):
+        for part, meaning, colour, style in (("train", "training, augmented, running mean", BLUE, "-"),
+                                           ("val", "validation", ORANGE, "--")):
+            values = [row[f"{part}_{metric}"] for row in rows]
+            if values[-1] is not None:
+                axes.plot(epochs, values, style, color=colour, marker="." if len(rows) < 40 else "", label=meaning)
+        axes.set(xlabel="epoch", ylabel=label)
+        axes.xaxis.get_major_locator().set_params(integer=True)
+        axes.grid(alpha=0.3)
+        axes.legend(frameon=False)
+    figure.suptitle(f"{name} – SYNTHETIC PICTURES, not CIFAR-100" if synthetic else f"{name} – CIFAR-100")
+    return figure
+
+
+def save_figure(figure: Any, path: Path) -> None:
+    with replacing(path) as partial:
+        figure.savefig(partial, format="png", dpi=110, metadata={"Software": None})

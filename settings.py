@@ -1,0 +1,256 @@
+"""What a training is told, and the command line that says it.
+
+A flag is written once, as a field of a dataclass: the command line, `config.json` and `--resume` are made from that.
+"""
+
+import argparse
+import dataclasses
+import math
+import operator
+import shlex
+import sys
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, NoReturn
+
+import torch
+from torch import nn
+
+from models import WeightsError
+from utils import Augmentation, UserError, default_data_dir
+
+ROOT = Path(__file__).resolve().parent
+RESULTS_DIR = ROOT / "results"
+MACHINE_SETTINGS = ("device", "threads", "precision", "data_dir", "checkpoint_every")  # not part of a recipe
+
+
+_BOUNDS = (("low", "at least", operator.lt), ("above", "above", operator.le), ("high", "at most", operator.gt))
+
+
+def setting(default: Any, help: str, *, low: float | None = None, above: float | None = None,
+            high: float | None = None, choices: tuple[str, ...] | None = None, resumable: bool = False) -> Any:
+    """A field of Settings, with all that the command line says of it. `low` and `high` are included, `above` is not.
+
+    A `resumable` one may differ when a run is resumed, since it does not change what the run computes.
+    """
+    limits = {"low": low, "above": above, "high": high, "choices": choices}
+    return field(default=default, metadata={"help": help, "resumable": resumable, **limits})
+
+
+@dataclass(kw_only=True)
+class Settings:
+    """What a training of either script is told; a script's own dataclass adds its model's arguments.
+
+    The command line, `config.json` and `--resume` are all made from these fields.
+    """
+
+    recipe: str = setting("", "the named settings to start from; every other flag overrides one of them")
+
+    epochs: int = setting(10, "passes over the training pictures", low=1)
+    batch_size: int = setting(500, "pictures a step", low=2)
+    optimizer: str = setting("adamw", "the optimizer; muon is for hidden weights, with AdamW for the rest",
+                             choices=("adam", "adamw", "sgd", "muon"))
+    lr: float = setting(1e-3, "peak learning rate", above=0)
+    other_lr: float = setting(1e-3, "peak learning rate of what Muon leaves to AdamW", above=0)
+    weight_decay: float = setting(0.0, "weight decay, on weight matrices and filters only", low=0)
+    warmup: float = setting(0.0, "share of all steps over which the learning rate rises from zero", low=0, high=1)
+    schedule: str = setting("linear", "how the learning rate falls to zero after that",
+                            choices=("constant", "linear", "cosine"))
+    label_smoothing: float = setting(0.0, "label smoothing", low=0, high=1)
+
+    flip: bool = setting(True, "flip training pictures at random")
+    crop: int = setting(0, "shift training pictures at random by up to so many pixels, reflected at the edges",
+                        low=0, high=31)
+    cutout: int = setting(0, "side of the square cut out of training pictures, in pixels", low=0, high=32)
+
+    seed: int = setting(0, "decides initial weights, order, augmentation and dropout", low=0)
+    train_on_all: bool = setting(False, "train on all 50,000 training pictures, the held-out 5,000 included")
+    synthetic: bool = setting(False, "use procedurally drawn pictures: no data set, no network, no meaning")
+    precision: str = setting("auto", "arithmetic of the training steps; auto times both on a CPU",
+                             choices=("auto", "float32", "bfloat16"))
+    device: str = setting("auto", "where to train", choices=("auto", "cpu", "cuda", "mps"))
+    threads: int = setting(0, "CPU threads; 0 leaves it to PyTorch", low=0, high=1024)
+    data_dir: str = setting("", "folder of the data set (default: $CIFAR100_DIR, else data/)", resumable=True)
+    checkpoint_every: float = setting(2.0, "minutes between checkpoints", low=0, resumable=True)
+
+    def __post_init__(self) -> None:
+        for name, value, limits in ((f.name, getattr(self, f.name), f.metadata) for f in dataclasses.fields(self)):
+            flag, numbers = flag_of(name), value if isinstance(value, tuple) else (value,)
+            if any(isinstance(n, float) and not math.isfinite(n) for n in numbers):
+                raise UserError(f"{flag} must be a finite number, not {show(value)}")
+            for bound, words, breaks in _BOUNDS:
+                limit = limits[bound]
+                if limit is not None and any(breaks(n, limit) for n in numbers):
+                    raise UserError(f"{flag} must be {words} {limit:g}, not {show(value)}")
+            if limits["choices"] and value not in limits["choices"]:
+                raise UserError(f"{flag} must be one of {', '.join(limits['choices'])}, not {value}")
+
+    @property
+    def augmentation(self) -> Augmentation:
+        return Augmentation(flip=self.flip, crop=self.crop, cutout=self.cutout)
+
+    @property
+    def data_folder(self) -> str:
+        return self.data_dir or default_data_dir()
+
+    @classmethod
+    def from_config(cls, values: dict[str, Any]) -> "Settings":
+        """From `config.json`, where tuples have become lists."""
+        known = {f.name for f in dataclasses.fields(cls)}
+        if set(values) != known:
+            odd = ", ".join(sorted(set(values) ^ known))
+            raise UserError(f"the run's config.json does not have the settings of this version (differing: {odd})")
+        return cls(**{name: tuple(value) if isinstance(value, list) else value for name, value in values.items()})
+
+
+def flag_of(name: str) -> str:
+    return "--" + name.replace("_", "-")
+
+
+def show(value: Any) -> str:
+    """A setting's value as one writes it on the command line."""
+    if isinstance(value, tuple):
+        return ",".join(map(str, value))
+    return f"{value:g}" if isinstance(value, float) else str(value)
+
+
+@dataclass(frozen=True)
+class Script:
+    """What a training script declares of itself.
+
+    file: its name; description: its docstring; recipes: named settings, the first of them the default; overfit: the
+    settings that `--overfit-batch` replaces; build_model(settings, num_outputs): its network with random weights.
+    """
+
+    file: str
+    description: str
+    settings_class: type[Settings]
+    recipes: dict[str, dict[str, Any]]
+    overfit: dict[str, Any]
+    build_model: Callable[[Any, int], nn.Module]
+
+    def recipe_settings(self, recipe: str, **changes: Any) -> Settings:
+        return self.settings_class(**{"recipe": recipe, **self.recipes[recipe], **changes})
+
+    def command_for(self, settings: Settings) -> str:
+        """The shortest command line that trains with `settings`, without the machine's and with the seed named."""
+        start = self.recipe_settings(settings.recipe)
+        words = [] if settings.recipe == next(iter(self.recipes)) else ["--recipe", settings.recipe]
+        for f in dataclasses.fields(settings):
+            value = getattr(settings, f.name)
+            if f.name in (*MACHINE_SETTINGS, "seed", "recipe") or value == getattr(start, f.name):
+                continue
+            words += [flag_of(f.name if value else "no_" + f.name)] if isinstance(value, bool) \
+                else [flag_of(f.name), show(value)]
+        return shlex.join(["python", self.file, *words, "--seed", str(settings.seed)])
+
+
+@dataclass(frozen=True)
+class Command:
+    """A parsed command line: the settings, and what it says about runs rather than about training."""
+
+    script: Script
+    settings: Settings
+    given: dict[str, Any]  # the settings that were named on the command line
+    seeds: tuple[int, ...]
+    name: str | None
+    resume: str | None
+    results_dir: Path
+    quiet: bool
+    overfit_batch: bool
+    loss: str | None
+
+
+class Parser(argparse.ArgumentParser):
+    """An ArgumentParser whose complaint is one line, and whose help keeps a docstring's lines as they are."""
+
+    def __init__(self, **options: Any) -> None:
+        super().__init__(allow_abbrev=False, formatter_class=argparse.RawDescriptionHelpFormatter, **options)
+
+    def error(self, message: str) -> NoReturn:
+        raise UserError(f"{message} (see --help)")
+
+
+def _integers(text: str) -> tuple[int, ...]:
+    try:
+        return tuple(int(part) for part in text.split(","))
+    except ValueError:
+        raise argparse.ArgumentTypeError(f"{text!r} is no list of whole numbers such as 0,1,2") from None
+
+
+def parse_command_line(script: Script, losses: tuple[str, ...], argv: list[str] | None = None) -> Command:
+    """Read the command line of `script`; `losses` are the readings that its overfit check knows.
+
+    Raises UserError for a flag that is unknown, malformed, out of range or contradicts another.
+    """
+    given = vars(_make_parser(script, losses).parse_args(argv))
+    control = {name: given.pop(name, default) for name, default in (
+        ("name", None), ("seeds", None), ("resume", None), ("results_dir", RESULTS_DIR), ("quiet", False),
+        ("overfit_batch", False), ("loss", None))}
+    _refuse_contradictions({**given, **control})
+    recipe = given.get("recipe", next(iter(script.recipes)))
+    settings = script.recipe_settings(recipe, **{**(script.overfit if control["overfit_batch"] else {}), **given})
+    seeds = control.pop("seeds") or (settings.seed,)
+    return Command(script=script, settings=settings, seeds=seeds, given=given, **control)
+
+
+def _make_parser(script: Script, losses: tuple[str, ...]) -> argparse.ArgumentParser:
+    """A parser that reports only the flags that were given: a default is not an opinion."""
+    parser = Parser(prog=script.file, description=script.description, argument_default=argparse.SUPPRESS)
+    defaults = script.recipe_settings(next(iter(script.recipes)))
+    group = parser.add_argument_group("settings")
+    for f in dataclasses.fields(defaults):
+        value = getattr(defaults, f.name)
+        options: dict[str, Any] = {"help": f.metadata["help"] + (f" (default: {show(value)})" if value != "" else "")}
+        choices = tuple(script.recipes) if f.name == "recipe" else f.metadata["choices"]
+        if isinstance(value, bool):
+            options |= {"action": argparse.BooleanOptionalAction}
+        elif choices:
+            options |= {"choices": choices, "metavar": "|".join(choices)}
+        elif isinstance(value, tuple):
+            options |= {"type": _integers, "metavar": "N,N,..."}
+        else:
+            options |= {"type": type(value), "metavar": {int: "N", float: "X", str: "FOLDER"}[type(value)]}
+        group.add_argument(flag_of(f.name), **options)
+    group = parser.add_argument_group("runs")
+    group.add_argument("--name", help="name of the run (default: <recipe>-s<seed>, then with -2, -3, ... appended)")
+    group.add_argument("--seeds", type=_integers, metavar="N,N,...", help="train one run a seed, one after the other")
+    group.add_argument("--resume", metavar="NAME", help="go on with this run where its last checkpoint stands")
+    group.add_argument("--results-dir", type=Path, metavar="FOLDER", help="folder of all runs (default: results/)")
+    group.add_argument("--quiet", action="store_true", help="no progress bar, only one line an epoch")
+    group = parser.add_argument_group("the single-batch overfit check")
+    group.add_argument("--overfit-batch", action="store_true", help="train on one batch until it is memorised")
+    group.add_argument("--loss", choices=losses, metavar="|".join(losses),
+                       help="beside plain cross-entropy try only this loss (default: all of them)")
+    return parser
+
+
+def _refuse_contradictions(values: dict[str, Any]) -> None:
+    pairs = (("seeds", "seed"), ("seeds", "resume"), ("seeds", "name"), ("seeds", "overfit_batch"), ("resume", "name"),
+             ("resume", "overfit_batch"), ("name", "overfit_batch"))
+    for a, b in pairs:
+        if values.get(a) not in (None, False) and values.get(b) not in (None, False):
+            raise UserError(f"{flag_of(a)} and {flag_of(b)} contradict each other: give one of them")
+    if values["loss"] and not values["overfit_batch"]:
+        raise UserError("--loss belongs to --overfit-batch: give both or neither")
+    seeds = values["seeds"]
+    if seeds and (len(set(seeds)) < len(seeds) or min(seeds) < 0):
+        raise UserError(f"--seeds must be different whole numbers, none below 0, not {show(seeds)}")
+
+
+def exit_status(main: Callable[[], int]) -> int:
+    """Run a script's `main`; what a user can put right becomes one line on stderr and the exit status 2."""
+    try:
+        return main()
+    except (UserError, WeightsError) as error:
+        message = str(error)
+    except OSError as error:
+        message = f"{error.filename or 'a file'}: {error.strerror or error}; is the disk full or the folder read-only?"
+    except torch.OutOfMemoryError:
+        message = "the device ran out of memory: try a smaller --batch-size"
+    except KeyboardInterrupt:
+        print("stopped", file=sys.stderr)
+        return 130
+    print("error: " + " ".join(message.split()), file=sys.stderr)
+    return 2
