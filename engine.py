@@ -8,7 +8,7 @@ import math
 import signal
 import sys
 import time
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field, replace
 from typing import Any
 
@@ -171,7 +171,7 @@ def train_runs(command: Command) -> int:
     status.
     """
     for seed in command.seeds:
-        if command.resume:
+        if command.resume is not None:
             run = Run.resume(command.results_dir, command.resume, command.script.settings_class, command.given)
             settings = prepare_device(run.settings)
         else:
@@ -180,7 +180,7 @@ def train_runs(command: Command) -> int:
             settings.data_folder, train_on_all=settings.train_on_all, use_synthetic=settings.synthetic)
         torch.manual_seed(derived_seed("init", settings.seed))
         model = fit_and_place(command.script.build_model(settings, len(train_split.fine_names)), train_split, settings)
-        if not command.resume:
+        if command.resume is None:
             settings = choose_precision(model, train_split, settings)
             run = Run.create(command.results_dir, settings, command.name, command.script.command_for(settings))
         with run:
@@ -235,6 +235,7 @@ def train(
             optimizer.load_state_dict(of_optimizer)
         state = _State(**saved["progress"])
     first_epoch, first_step = state.epoch, state.step
+    mix = make_mixup(settings.mixup, num_classes=len(data.fine_names))
     model.train()
 
     next_checkpoint = time.monotonic() + 60 * settings.checkpoint_every
@@ -249,10 +250,11 @@ def train(
             for images, labels in epoch:
                 done = state.epoch * steps + state.step
                 set_rates(optimizers, settings, done / (steps * settings.epochs))
-                torch.manual_seed(derived_seed("model", settings.seed, state.epoch, state.step))  # dropout
-                logits, loss = training_step(model, optimizers, images, labels, settings)
+                torch.manual_seed(derived_seed("model", settings.seed, state.epoch, state.step))  # MixUp, dropout
+                images, targets = mix(images, labels)
+                logits, loss = training_step(model, optimizers, images, targets, settings)
                 state.loss += loss * len(labels)
-                state.correct += (logits.argmax(1) == labels).sum()
+                state.correct += (logits.argmax(1) == (targets if targets.ndim == 1 else targets.argmax(1))).sum()
                 state.pictures += len(labels)
                 state.step += 1
                 state.epoch_seconds = before + time.perf_counter() - start
@@ -295,13 +297,29 @@ def train(
     return result
 
 
+def make_mixup(alpha: float, num_classes: int) -> Callable[[Tensor, Tensor], tuple[Tensor, Tensor]]:
+    """MixUp (Zhang et al. 2017, arXiv 1710.09412) of a batch with itself, the share drawn from PyTorch's generator.
+
+    The function takes images and labels, int64 [B], and returns mixed images and shares, float32 [B, num_classes];
+    with an `alpha` of 0 it returns what it is given.
+    """
+    if not alpha:
+        return lambda images, labels: (images, labels)
+    from torchvision.transforms.v2 import MixUp  # here, because importing torchvision takes a second
+
+    return MixUp(alpha=alpha, num_classes=num_classes)
+
+
 def training_step(
-    model: nn.Module, optimizers: list[torch.optim.Optimizer], images: Tensor, labels: Tensor, settings: Settings
+    model: nn.Module, optimizers: list[torch.optim.Optimizer], images: Tensor, targets: Tensor, settings: Settings
 ) -> tuple[Tensor, Tensor]:
-    """One step on a batch; returns the logits, [B, 100], and the mean loss, a scalar, both detached."""
+    """One step on a batch; returns the logits, [B, 100], and the mean loss, a scalar, both detached.
+
+    targets: class indices, int64 [B], or shares of each class, float32 [B, 100].
+    """
     with autocast(images.device, settings.precision):
         logits = model(images.contiguous(memory_format=torch.channels_last))
-    loss = F.cross_entropy(logits.float(), labels, label_smoothing=settings.label_smoothing)
+    loss = F.cross_entropy(logits.float(), targets, label_smoothing=settings.label_smoothing)
     descend(loss, optimizers)
     return logits.detach(), loss.detach()
 

@@ -63,6 +63,7 @@ class Settings:
     crop: int = setting(0, "shift training pictures at random by up to so many pixels, reflected at the edges",
                         low=0, high=31)
     cutout: int = setting(0, "side of the square cut out of training pictures, in pixels", low=0, high=32)
+    mixup: float = setting(0.0, "MixUp: alpha of the Beta distribution of a batch's mixing share; 0 for none", low=0)
 
     seed: int = setting(0, "decides initial weights, order, augmentation and dropout", low=0)
     train_on_all: bool = setting(False, "train on all 50,000 training pictures, the held-out 5,000 included")
@@ -230,7 +231,7 @@ def _refuse_contradictions(values: dict[str, Any]) -> None:
     pairs = (("seeds", "seed"), ("seeds", "resume"), ("seeds", "name"), ("seeds", "overfit_batch"), ("resume", "name"),
              ("resume", "overfit_batch"), ("name", "overfit_batch"))
     for a, b in pairs:
-        if values.get(a) not in (None, False) and values.get(b) not in (None, False):
+        if all(values.get(flag) is not None and values[flag] is not False for flag in (a, b)):
             raise UserError(f"{flag_of(a)} and {flag_of(b)} contradict each other: give one of them")
     if values["loss"] and not values["overfit_batch"]:
         raise UserError("--loss belongs to --overfit-batch: give both or neither")

@@ -8,16 +8,18 @@ from models.layers import Normalize
 
 
 class MLP(nn.Module):
-    """Fully connected layers with LeakyReLU (Maas et al. 2013), on the pixels of a 32x32 picture.
+    """Fully connected layers with LeakyReLU (Maas et al. 2013), on the pixels of a picture.
 
-    widths: units of each hidden layer; batch_norm: batch normalisation (arXiv 1502.03167) before each activation;
-    dropout: share of activations zeroed after it (Srivastava et al. 2014).
+    side: the picture is first averaged down to side x side pixels; widths: units of each hidden layer; batch_norm:
+    batch normalisation (arXiv 1502.03167) before each activation; dropout: share of activations zeroed after it
+    (Srivastava et al. 2014).
     forward: float32 [N, 3, 32, 32] in [0, 1] -> logits [N, num_classes].
     """
 
     def __init__(
         self,
         widths: Sequence[int] = (512, 256, 128),
+        side: int = 32,
         dropout: float = 0.0,
         batch_norm: bool = True,
         negative_slope: float = 0.01,
@@ -25,8 +27,9 @@ class MLP(nn.Module):
     ) -> None:
         super().__init__()
         self.normalize = Normalize()
+        self.shrink = nn.AdaptiveAvgPool2d(side)
         layers: list[nn.Module] = []
-        inputs = 3 * 32 * 32
+        inputs = 3 * side**2
         for width in widths:
             layers.append(nn.Linear(inputs, width, bias=not batch_norm))  # batch norm has a shift of its own
             if batch_norm:
@@ -43,4 +46,4 @@ class MLP(nn.Module):
         self.normalize.fit(images)
 
     def forward(self, images: Tensor) -> Tensor:
-        return self.head(self.layers(self.normalize(images).flatten(1)))
+        return self.head(self.layers(self.shrink(self.normalize(images)).flatten(1)))

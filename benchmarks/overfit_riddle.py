@@ -1,0 +1,65 @@
+"""What was it that ended at 4.2935 and oscillated every 150 epochs? The single-batch check over widths and rates.
+
+    python benchmarks/overfit_riddle.py            # about ten minutes on two CPU cores; prints a Markdown table
+
+For each setting and each reading of "the loss": the last and the lowest loss, how often it spiked in the second half of
+the 1000 epochs and how far apart, and the pictures memorised. A spike is a stretch in which the loss is above three
+times its median over the 50 epochs before it.
+"""
+
+import itertools
+import sys
+from pathlib import Path
+
+import numpy as np
+import torch
+
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))  # the project's modules are one folder up
+
+from engine import fit_and_place
+from hardware import prepare_device
+from overfit import READINGS, memorise
+from settings import Parser, exit_status
+from train_mlp import SCRIPT
+from utils import Augmentation, batches, default_data_dir, derived_seed, load_cifar100
+
+WIDTHS = ((512, 256, 128), (1024, 512, 256), (128, 64, 32))
+RATES = (("adam", 1e-4), ("adam", 1e-3), ("adam", 1e-2), ("sgd", 1e-4), ("sgd", 1e-2))
+WINDOW, FACTOR = 50, 3.0
+
+
+def spikes(curve: np.ndarray) -> list[int]:
+    """The steps at which a spike begins."""
+    before = np.lib.stride_tricks.sliding_window_view(curve, WINDOW)[:-1]
+    high = np.concatenate([np.zeros(WINDOW, dtype=bool), curve[WINDOW:] > FACTOR * np.median(before, axis=1)])
+    return list(np.flatnonzero(high[1:] & ~high[:-1]) + 1)
+
+
+def row(reading_name: str, widths: tuple[int, ...], optimizer: str, rate: float, split) -> str:
+    overfit = {**SCRIPT.overfit, "widths": widths, "optimizer": optimizer, "lr": rate}
+    settings = prepare_device(SCRIPT.recipe_settings("mlp", **overfit))
+    images, labels = next(batches(split, settings.batch_size, Augmentation(), seed=settings.seed, epoch=0))
+    torch.manual_seed(derived_seed("init", settings.seed))
+    reading = READINGS[reading_name]
+    model = fit_and_place(SCRIPT.build_model(settings, reading.num_outputs), split, settings)
+    outcome = memorise(model, images, labels, reading, settings, quiet=True)
+    curve = np.array(outcome.curve)
+    begins = [step for step in spikes(curve) if step >= len(curve) // 2] if np.isfinite(curve).all() else []
+    spacing = f"{np.diff(begins).mean():.0f}" if len(begins) > 1 else "–"
+    return (f"| {reading_name} | {'-'.join(map(str, widths))} | {optimizer} | {rate:g} | {curve[-1]:.4g} | {curve.min():.4g} "
+            f"| {curve[len(curve) // 2:].max():.4g} | {len(begins)} | {spacing} | {outcome.memorised} |")
+
+
+def main() -> int:
+    parser = Parser(prog="benchmarks/overfit_riddle.py", description=__doc__)
+    parser.add_argument("--data-dir", default=default_data_dir(), metavar="FOLDER", help="folder of the data set")
+    split, _ = load_cifar100(parser.parse_args().data_dir)
+    print("| loss | widths | optimizer | rate | last | lowest | highest in the second half | spikes there | epochs between "
+          "| memorised of 64 |\n|---|---|---|---:|---:|---:|---:|---:|---:|---:|", flush=True)
+    for reading_name, (optimizer, rate), widths in itertools.product(READINGS, RATES, WIDTHS):
+        print(row(reading_name, widths, optimizer, rate, split), flush=True)
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(exit_status(main))

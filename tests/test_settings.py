@@ -1,0 +1,283 @@
+"""The command line: what flags do, how each misuse is refused, and the command that a run keeps to be made again."""
+
+import dataclasses
+import json
+import shlex
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+import train_mlp
+from overfit import LOSSES
+from settings import MACHINE_SETTINGS, RESULTS_DIR, Command, Settings, exit_status, flag_of, parse_command_line
+from tests.helpers import (
+    drawn_once,  # noqa: F401 (a fixture)
+    edit_settings,
+    error_line,
+    resume,
+    run_names,
+    run_script,
+    train_tiny,
+)
+from train_mlp import SCRIPT
+from utils import UserError
+
+CUDA, MPS = torch.cuda.is_available(), torch.backends.mps.is_available()
+
+
+def parse(*flags: str) -> Command:
+    return parse_command_line(SCRIPT, LOSSES, list(flags))
+
+
+def test_without_flags_the_recipe_holds() -> None:
+    command = parse()
+    for name, value in train_mlp.RECIPES["mlp"].items():
+        assert getattr(command.settings, name) == value
+    assert command.settings.recipe == "mlp"
+    assert command.given == {}
+    assert command.seeds == (0,)
+    assert command.results_dir == RESULTS_DIR
+
+
+@pytest.mark.parametrize(("flags", "name", "value"), [
+    ("--epochs 7", "epochs", 7),
+    ("--lr 3e-4", "lr", 3e-4),
+    ("--weight-decay 0", "weight_decay", 0.0),
+    ("--optimizer muon", "optimizer", "muon"),
+    ("--schedule cosine", "schedule", "cosine"),
+    ("--no-flip", "flip", False),
+    ("--crop 0", "crop", 0),
+    ("--cutout 8", "cutout", 8),
+    ("--widths 64,32", "widths", (64, 32)),
+    ("--widths 64", "widths", (64,)),
+    ("--no-batch-norm", "batch_norm", False),
+    ("--train-on-all", "train_on_all", True),
+    ("--seed 3", "seed", 3),
+    ("--checkpoint-every 0", "checkpoint_every", 0.0),
+    ("--data-dir /somewhere", "data_folder", "/somewhere"),
+    ("--epochs 3 --epochs 4", "epochs", 4),
+])
+def test_a_flag_sets_what_it_names_and_nothing_else(flags: str, name: str, value: Any) -> None:
+    settings = parse(*flags.split()).settings
+    assert getattr(settings, name) == value
+    field = "data_dir" if name == "data_folder" else name
+    assert dataclasses.replace(settings, **{field: getattr(parse().settings, field)}) == parse().settings
+
+
+def test_augmentation_is_what_the_flags_say() -> None:
+    augmentation = parse("--no-flip", "--crop", "3", "--cutout", "5").settings.augmentation
+    assert (augmentation.flip, augmentation.crop, augmentation.cutout) == (False, 3, 5)
+
+
+def test_the_data_folder_comes_from_the_flag_then_from_the_environment(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("CIFAR100_DIR", "/from/environment")
+    assert parse().settings.data_folder == "/from/environment"
+    assert parse("--data-dir", "/from/flag").settings.data_folder == "/from/flag"
+    monkeypatch.delenv("CIFAR100_DIR")
+    assert Path(parse().settings.data_folder) == Path(train_mlp.__file__).parent / "data"
+
+
+def test_flags_override_the_overfit_checks_settings() -> None:
+    settings = parse("--overfit-batch", "--lr", "0.5").settings
+    assert settings.lr == 0.5
+    assert settings.batch_size == train_mlp.OVERFIT["batch_size"] != parse().settings.batch_size
+
+
+def test_seeds_are_read_as_a_list() -> None:
+    assert parse("--seeds", "4,0,2").seeds == (4, 0, 2)
+    assert parse("--seed", "4").seeds == (4,)
+
+
+def test_help_exits_with_0_and_mentions_every_flag(capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit) as stop:
+        train_mlp.main(["--help"])
+    assert stop.value.code == 0
+    text = capsys.readouterr().out
+    flags = [flag_of(field.name) for field in dataclasses.fields(train_mlp.MLPSettings)]
+    flags += ["--name", "--seeds", "--resume", "--results-dir", "--quiet", "--overfit-batch", "--loss"]
+    assert [flag for flag in flags if f"{flag} " not in text and f"{flag}\n" not in text] == []
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Refusals
+# ---------------------------------------------------------------------------------------------------------------------
+
+MISUSES = [
+    # out of range
+    "--epochs 0", "--epochs -1", "--batch-size 1", "--batch-size 0", "--batch-size -5", "--lr 0", "--lr -0.1",
+    "--lr nan", "--lr inf", "--lr -inf", "--lr 1e400", "--other-lr 0", "--other-lr nan", "--weight-decay -0.01",
+    "--weight-decay inf", "--warmup -0.1", "--warmup 1.1", "--warmup nan", "--label-smoothing -0.1",
+    "--label-smoothing 1.5", "--label-smoothing nan", "--crop -1", "--crop 32", "--cutout -1", "--cutout 33",
+    "--seed -1", "--threads -1", "--threads 100000", "--checkpoint-every -1", "--checkpoint-every nan",
+    "--checkpoint-every inf", "--widths 0", "--widths 32,0,16", "--widths=-32", "--widths 65537", "--dropout 1",
+    "--dropout -0.5", "--dropout nan", "--seeds=-1", "--seeds 0,-1", "--seeds 1,1",
+    # of the wrong type
+    "--epochs ten", "--epochs 1.5", "--epochs nan", "--batch-size 1e3", "--lr fast", "--widths abc", "--widths 32,,16",
+    "--widths 32;16", "--widths 1.5", "--seed 1.5", "--seed x", "--seeds 0;1", "--seeds 0,x", "--threads many",
+    "--crop 1.5", "--dropout half", "--widths ''", "--epochs ''", "--lr ''",
+    # not among the choices
+    "--optimizer lion", "--schedule step", "--precision float16", "--precision float64", "--device tpu",
+    "--recipe nope", "--overfit-batch --loss hinge", "--optimizer ''",
+    # unknown or incomplete
+    "--nonsense", "--epoch 3", "--learning-rate 0.1", "stray", "--epochs", "--lr --epochs 3", "--quiet=yes",
+    "--flip yes", "--no-epochs",
+    # contradictions
+    "--seeds 1,2 --seed 3", "--seeds 1,2 --seed 0", "--seeds 0,1 --resume mlp-s0", "--seeds 0,1 --name x",
+    "--seeds 0,1 --overfit-batch", "--resume mlp-s0 --name x", "--resume mlp-s0 --overfit-batch",
+    "--name x --overfit-batch", "--loss mse-index",
+    # names that are no folder names
+    "--name ../x", "--name /tmp/x", "--name x/y", "--name ''", "--name .hidden", "--name -x", "--name=-x",
+    "--name 'a b'", "--name published", "--name overfit_batch", "--name ..", f"--name {'x' * 200}",
+    "--resume missing", "--resume ../x", "--resume ''", "--resume .",
+    # a device that is not there
+    pytest.param("--device cuda", marks=pytest.mark.skipif(CUDA, reason="there is a GPU")),
+    pytest.param("--device mps", marks=pytest.mark.skipif(MPS, reason="there is a GPU")),
+]
+
+
+@pytest.mark.parametrize("flags", MISUSES)
+def test_misuse_is_one_error_line_and_status_2_and_leaves_nothing(
+    flags: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    results_dir = tmp_path / "results"
+    assert train_tiny(results_dir, *shlex.split(flags)) == 2
+    error_line(capsys)
+    assert run_names(results_dir) == []
+
+
+@pytest.mark.parametrize(("flags", "named"), [
+    ("--epochs 0", "--epochs"), ("--lr nan", "--lr"), ("--widths abc", "--widths"), ("--widths abc", "'abc'"),
+    ("--batch-size 1", "at least 2"), ("--dropout 1", "0.99"), ("--optimizer lion", "adamw"),
+    ("--seeds 1,2 --seed 3", "--seeds and --seed"), ("--nonsense", "--nonsense"), ("--nonsense", "--help"),
+    ("--resume missing", "missing"), ("--name ../x", "../x"),
+])
+def test_a_refusal_says_what_is_wrong(
+    flags: str, named: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    train_tiny(tmp_path, *flags.split())
+    assert named in error_line(capsys)
+
+
+def test_a_data_folder_that_is_a_file_is_refused(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    file = tmp_path / "file"
+    file.touch()
+    assert run_script(tmp_path / "results", "--data-dir", str(file), "--quiet") == 2
+    assert str(file) in error_line(capsys)
+    assert run_names(tmp_path / "results") == []
+
+
+def test_a_results_folder_that_is_a_file_is_refused(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    file = tmp_path / "file"
+    file.touch()
+    assert train_tiny(file) == 2
+    assert str(file) in error_line(capsys)
+
+
+def out_of_memory() -> int:
+    torch.empty(10**16)  # 40 petabytes: refused at once, on the CPU with a RuntimeError
+    return 0
+
+
+def write_to_a_full_disk() -> int:
+    raise OSError(28, "No space left on device", "model.safetensors")
+
+
+@pytest.mark.parametrize("trouble", [out_of_memory, write_to_a_full_disk])
+def test_a_machine_at_its_limits_is_one_error_line(
+    trouble: Callable[[], int], capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert exit_status(trouble) == 2
+    error_line(capsys)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Settings that are kept
+# ---------------------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("flags", [
+    "",
+    "--seed 7",
+    "--epochs 3 --batch-size 100 --optimizer muon --lr 0.02 --other-lr 1e-4 --weight-decay 0.1 --warmup 0.05",
+    "--schedule cosine --label-smoothing 0.25 --no-flip --crop 4 --cutout 9 --train-on-all --synthetic",
+    "--widths 64,32,16,8 --dropout 0.3 --no-batch-norm",
+    "--lr 0.0012345678 --weight-decay 0.333333333333 --dropout 0.1234567891",
+    "--lr 1e-12",
+])
+def test_the_command_of_a_run_parses_back_to_its_settings(flags: str) -> None:
+    settings = parse(*flags.split()).settings
+    words = shlex.split(SCRIPT.command_for(settings))
+    assert words[:2] == ["python", "train_mlp.py"]
+    assert parse(*words[2:]).settings == settings
+
+
+def test_the_command_of_a_run_leaves_the_machine_out() -> None:
+    flags = "--device=cpu --threads=2 --precision=bfloat16 --data-dir=/d --checkpoint-every=9"
+    command = SCRIPT.command_for(parse(*flags.split()).settings)
+    assert [name for name in MACHINE_SETTINGS if flag_of(name) in command] == []
+
+
+def test_the_command_of_a_run_is_short() -> None:
+    assert SCRIPT.command_for(parse("--epochs", "3").settings) == "python train_mlp.py --epochs 3 --seed 0"
+
+
+def test_settings_survive_config_json() -> None:
+    settings = parse("--widths", "64,32", "--lr", "0.0012345678", "--no-flip").settings
+    assert type(settings).from_config(json.loads(json.dumps(dataclasses.asdict(settings)))) == settings
+
+
+@pytest.mark.parametrize("make", [lambda values: Settings(**values), Settings.from_config])
+def test_settings_made_in_python_are_checked_too(make: Callable[[dict[str, Any]], Settings]) -> None:
+    with pytest.raises(UserError, match="--epochs"):
+        make({**dataclasses.asdict(Settings()), "epochs": 0})
+
+
+def with_a_setting_missing(config: Path) -> None:
+    values = json.loads(config.read_text())
+    del values["settings"]["lr"]
+    config.write_text(json.dumps(values))
+
+
+def with_an_unknown_setting(config: Path) -> None:
+    edit_settings(config.parent, colour="blue")
+
+
+def with_a_setting_out_of_range(config: Path) -> None:
+    edit_settings(config.parent, epochs=0)
+
+
+def with_a_setting_of_the_wrong_type(config: Path) -> None:
+    edit_settings(config.parent, epochs="ten")
+
+
+def without_settings(config: Path) -> None:
+    config.write_text("{}")
+
+
+def with_something_else(config: Path) -> None:
+    config.write_text("[]")
+
+
+def half_written(config: Path) -> None:
+    config.write_text(config.read_text()[:100])
+
+
+def missing(config: Path) -> None:
+    config.unlink()
+
+
+@pytest.mark.parametrize("damage", [with_a_setting_missing, with_an_unknown_setting, with_a_setting_out_of_range,
+                                    with_a_setting_of_the_wrong_type, without_settings, with_something_else,
+                                    half_written, missing])
+def test_a_run_whose_config_was_damaged_is_not_resumed(
+    damage: Callable[[Path], None], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (tmp_path / "x").mkdir()
+    config = tmp_path / "x" / "config.json"
+    config.write_text(json.dumps({"settings": dataclasses.asdict(parse("--synthetic").settings)}))
+    damage(config)
+    assert resume(tmp_path, "x") == 2
+    error_line(capsys)
