@@ -22,6 +22,7 @@ from utils import Augmentation, UserError, default_data_dir
 
 ROOT = Path(__file__).resolve().parent
 RESULTS_DIR = ROOT / "results"
+NOT_FOR_ONE_BATCH = ("flip", "crop", "cutout", "mixup", "label_smoothing", "precision", "checkpoint_every")
 MACHINE_SETTINGS = ("device", "threads", "precision", "data_dir", "checkpoint_every")  # not part of a recipe
 
 
@@ -233,6 +234,9 @@ def _refuse_contradictions(values: dict[str, Any]) -> None:
     for a, b in pairs:
         if all(values.get(flag) is not None and values[flag] is not False for flag in (a, b)):
             raise UserError(f"{flag_of(a)} and {flag_of(b)} contradict each other: give one of them")
+    for flag in NOT_FOR_ONE_BATCH:
+        if values["overfit_batch"] and values.get(flag):
+            raise UserError(f"{flag_of(flag)} means nothing with --overfit-batch, which trains on one batch as it is")
     if values["loss"] and not values["overfit_batch"]:
         raise UserError("--loss belongs to --overfit-batch: give both or neither")
     seeds = values["seeds"]

@@ -3,7 +3,7 @@
 Specific to this project: pictures are always uint8 [N, 3, 32, 32] until a batch is made of them, and everything
 random here is a pure function of its arguments, never of a generator's hidden state.
 
-The training scripts see `load_cifar100`, which never opens a test file. `load_test_set` is for whoever reports.
+The training scripts see `load_cifar100`, which never reads a test picture. `load_test_set` is for whoever reports.
 """
 
 import hashlib
@@ -163,11 +163,13 @@ def _load_official(data_dir: Path, part: str) -> Split:
         if binary.exists():
             return _checked(*_read_binary(binary, PICTURES[part]), part, binary)
         if not (data_dir / PYTHON_FOLDER).exists():
-            _download(data_dir)
+            with tempfile.TemporaryDirectory(prefix=".download-", dir=data_dir) as folder:
+                _download(Path(folder))  # there first, so that no half of it is ever trusted
+                os.replace(Path(folder) / PYTHON_FOLDER, data_dir / PYTHON_FOLDER)
         return _checked(*_read_python(data_dir, part), part, data_dir / PYTHON_FOLDER)
     except OSError as error:
         raise UserError(f"cannot use the data folder {data_dir}: {error.strerror or error}; "
-                        "name a folder that can be read and written with --data-dir") from error
+                        "name a folder that can be read and written with --data-dir or $CIFAR100_DIR") from error
 
 
 def _read_binary(path: Path, pictures: int) -> tuple[Tensor, Tensor, Tensor]:
@@ -210,19 +212,19 @@ def _checked(images: Tensor, fine_labels: Tensor, coarse_labels: Tensor, part: s
     return Split(images, fine_labels, coarse_labels)
 
 
-def _download(data_dir: Path) -> None:
-    """Fetch the python version into `data_dir`, by way of a folder of its own: no half of it is ever trusted."""
+def _download(folder: Path) -> None:
+    """Fetch the python version into `folder`, through torchvision, with a progress bar."""
     from torchvision.datasets import CIFAR100
 
-    print(f"CIFAR-100 is not in {data_dir}: downloading it (169 MB) from {CIFAR100.url}", flush=True)
+    print(f"CIFAR-100 is not in {folder.parent}: downloading it (169 MB) from {CIFAR100.url}", flush=True)
     try:
-        with _network_timeout(), tempfile.TemporaryDirectory(prefix=".download-", dir=data_dir) as folder:
-            CIFAR100(folder, download=True)
-            os.replace(Path(folder) / PYTHON_FOLDER, data_dir / PYTHON_FOLDER)
+        with _network_timeout():
+            CIFAR100(str(folder), download=True)
     except (OSError, RuntimeError, EOFError, tarfile.TarError, http.client.HTTPException) as error:
         reason = getattr(error, "reason", None) or getattr(error, "strerror", None) or error
-        raise UserError(f"cannot download CIFAR-100 into {data_dir} ({reason}): connect to a network, or put the data "
-                        "set there as data/README.md says, or try --synthetic") from error
+        reason = " ".join(str(reason).split())
+        raise UserError(f"cannot download CIFAR-100 into {folder.parent} ({reason}): connect to a network, or put the "
+                        "data set there as data/README.md says, or try --synthetic") from error
 
 
 @contextmanager
@@ -308,9 +310,10 @@ def augment(images: Tensor, augmentation: Augmentation, generator: torch.Generat
         images = images.gather(2, rows[:, None, :, None].expand_as(images))
         images = images.gather(3, columns[:, None, None, :].expand_as(images))
     if augmentation.cutout:
-        half = augmentation.cutout / 2
-        in_rows = (torch.arange(height, device=device) + 0.5 - draw(0, height)).abs() < half
-        in_columns = (torch.arange(width, device=device) + 0.5 - draw(0, width)).abs() < half
+        side = augmentation.cutout
+        below = torch.arange(height, device=device) - (draw(0, height - side % 2) - side // 2)
+        right = torch.arange(width, device=device) - (draw(0, width - side % 2) - side // 2)
+        in_rows, in_columns = (below >= 0) & (below < side), (right >= 0) & (right < side)
         square = in_rows[:, None, :, None] & in_columns[:, None, None, :]
         images = torch.where(square, fill.view(1, -1, 1, 1), images)
     return images

@@ -19,9 +19,9 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))  # the project's
 from engine import fit_and_place
 from hardware import prepare_device
 from overfit import READINGS, memorise
-from settings import Parser, exit_status
+from settings import Parser, exit_status, show
 from train_mlp import SCRIPT
-from utils import Augmentation, batches, default_data_dir, derived_seed, load_cifar100
+from utils import Augmentation, Split, batches, default_data_dir, derived_seed, load_cifar100
 
 WIDTHS = ((512, 256, 128), (1024, 512, 256), (128, 64, 32))
 RATES = (("adam", 1e-4), ("adam", 1e-3), ("adam", 1e-2), ("sgd", 1e-4), ("sgd", 1e-2))
@@ -35,7 +35,8 @@ def spikes(curve: np.ndarray) -> list[int]:
     return list(np.flatnonzero(high[1:] & ~high[:-1]) + 1)
 
 
-def row(reading_name: str, widths: tuple[int, ...], optimizer: str, rate: float, split) -> str:
+def row(reading_name: str, widths: tuple[int, ...], optimizer: str, rate: float, split: Split) -> str:
+    """One setting under one reading, as a row of the table."""
     overfit = {**SCRIPT.overfit, "widths": widths, "optimizer": optimizer, "lr": rate}
     settings = prepare_device(SCRIPT.recipe_settings("mlp", **overfit))
     images, labels = next(batches(split, settings.batch_size, Augmentation(), seed=settings.seed, epoch=0))
@@ -46,16 +47,17 @@ def row(reading_name: str, widths: tuple[int, ...], optimizer: str, rate: float,
     curve = np.array(outcome.curve)
     begins = [step for step in spikes(curve) if step >= len(curve) // 2] if np.isfinite(curve).all() else []
     spacing = f"{np.diff(begins).mean():.0f}" if len(begins) > 1 else "–"
-    return (f"| {reading_name} | {'-'.join(map(str, widths))} | {optimizer} | {rate:g} | {curve[-1]:.4g} | {curve.min():.4g} "
-            f"| {curve[len(curve) // 2:].max():.4g} | {len(begins)} | {spacing} | {outcome.memorised} |")
+    losses = " | ".join(f"{loss:.4g}" for loss in (curve[-1], curve.min(), curve[len(curve) // 2:].max()))
+    return (f"| {reading_name} | {show(widths).replace(',', '-')} | {optimizer} | {rate:g} | {losses} | {len(begins)} "
+            f"| {spacing} | {outcome.memorised} |")
 
 
 def main() -> int:
     parser = Parser(prog="benchmarks/overfit_riddle.py", description=__doc__)
     parser.add_argument("--data-dir", default=default_data_dir(), metavar="FOLDER", help="folder of the data set")
     split, _ = load_cifar100(parser.parse_args().data_dir)
-    print("| loss | widths | optimizer | rate | last | lowest | highest in the second half | spikes there | epochs between "
-          "| memorised of 64 |\n|---|---|---|---:|---:|---:|---:|---:|---:|---:|", flush=True)
+    print("| loss | widths | optimizer | rate | last | lowest | highest in the second half | spikes there "
+          "| epochs between | memorised of 64 |\n|---|---|---|---:|---:|---:|---:|---:|---:|---:|", flush=True)
     for reading_name, (optimizer, rate), widths in itertools.product(READINGS, RATES, WIDTHS):
         print(row(reading_name, widths, optimizer, rate, split), flush=True)
     return 0

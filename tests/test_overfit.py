@@ -1,0 +1,185 @@
+"""The single-batch overfit check: it passes a network that can memorise, and fails where the loss is wrong."""
+
+import csv
+import dataclasses
+import math
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+import overfit
+from overfit import READINGS, Outcome
+from tests.helpers import (
+    MACHINE,
+    drawn_once,  # noqa: F401 (a fixture)
+    error_line,
+    read_json,
+    run_script,
+)
+from train_mlp import MLPSettings
+
+SMALL = ("--overfit-batch", "--synthetic", "--widths", "64,32", "--batch-size", "64", "--optimizer", "adam", "--lr", "1e-3",
+         "--epochs", "120", *MACHINE)
+LOWEST_OF_SOFTMAX_TWICE = math.log(1 + 99 / math.e)  # 3.62: the softmax's outputs are between 0 and 1
+
+
+def check(results_dir: Path, *flags: str) -> int:
+    """The exit status of a small check; `flags` override its settings."""
+    return run_script(results_dir, *SMALL, *flags)
+
+
+@pytest.fixture(scope="module")
+def passed(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The folder of a check that ran all four losses and passed."""
+    results_dir = tmp_path_factory.mktemp("passed")
+    assert check(results_dir) == 0
+    return results_dir / "overfit_batch" / "mlp"
+
+
+@pytest.fixture
+def no_figure(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(overfit, "save_figure", lambda figure, path: None)
+
+
+def curves(folder: Path) -> dict[str, list[float]]:
+    with open(folder / "curves.csv", newline="") as file:
+        rows = list(csv.DictReader(file))
+    return {name: [float(row[name]) for row in rows] for name in rows[0]}
+
+
+def test_the_check_memorises_its_batch_and_leaves_figure_curves_and_numbers(passed: Path) -> None:
+    assert {path.name for path in passed.iterdir()} == {"overfit.png", "overfit.json", "curves.csv"}
+    assert (passed / "overfit.png").read_bytes().startswith(b"\x89PNG")
+    numbers = read_json(passed / "overfit.json")
+    assert numbers["synthetic"] is True
+    assert numbers["settings"]["widths"] == [64, 32]
+    assert numbers["readings"].keys() == READINGS.keys()
+    cross_entropy = numbers["readings"]["cross-entropy"]
+    assert cross_entropy["passed"] is True
+    assert cross_entropy["memorised"] == cross_entropy["batch_size"] == 64
+    assert cross_entropy["first"] == pytest.approx(math.log(100), abs=0.3)
+    assert cross_entropy["last"] < 0.05
+
+
+def test_the_curves_have_every_step_and_the_loss_after_the_last(passed: Path) -> None:
+    assert curves(passed)["step"] == list(range(121))
+    for name, summary in read_json(passed / "overfit.json")["readings"].items():
+        curve = curves(passed)[name]
+        assert curve[0] == pytest.approx(summary["first"], rel=1e-4)
+        assert curve[-1] == pytest.approx(summary["last"], rel=1e-4)
+        assert min(curve) == pytest.approx(summary["lowest"], rel=1e-4)
+
+
+def test_the_four_readings_are_four_different_losses(passed: Path) -> None:
+    last = [summary["last"] for summary in read_json(passed / "overfit.json")["readings"].values()]
+    assert len({round(value, 6) for value in last}) == 4
+    labels = torch.tensor([3, 50])
+    outputs = torch.randn(2, 100, generator=torch.Generator().manual_seed(0))
+    losses = {name: reading.loss(outputs[:, :reading.num_outputs], labels).item() for name, reading in READINGS.items()}
+    assert losses == pytest.approx({
+        "cross-entropy": -outputs.log_softmax(1)[[0, 1], labels].mean().item(),
+        "mse-onehot": ((outputs - torch.eye(100)[labels]) ** 2).mean().item(),
+        "mse-index": ((outputs[:, 0] - labels) ** 2).mean().item(),
+        "softmax-twice": -outputs.softmax(1).log_softmax(1)[[0, 1], labels].mean().item(),
+    }, rel=1e-5)
+
+
+@pytest.mark.parametrize("name", READINGS)
+def test_every_reading_recognises_its_own_best_answer(name: str) -> None:
+    labels = torch.tensor([0, 7, 99])
+    best = labels[:, None].float() if name == "mse-index" else 1e4 * F.one_hot(labels, 100).float()
+    assert torch.equal(READINGS[name].predict(best), labels)
+    assert not torch.equal(READINGS[name].predict(best.flip(0)), labels)
+
+
+def test_a_second_softmax_keeps_the_loss_above_three_and_a_half(passed: Path) -> None:
+    labels = torch.tensor([3, 50])
+    certain = 1e4 * F.one_hot(labels, 100).float()
+    assert READINGS["softmax-twice"].loss(certain, labels).item() == pytest.approx(LOWEST_OF_SOFTMAX_TWICE, abs=1e-4)
+    assert round(LOWEST_OF_SOFTMAX_TWICE, 2) == 3.62
+    assert min(curves(passed)["softmax-twice"]) >= LOWEST_OF_SOFTMAX_TWICE - 1e-4
+    assert min(curves(passed)["cross-entropy"]) < 0.05
+
+
+def test_too_few_steps_fail_the_check(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert check(tmp_path, "--epochs", "2") == 1
+    assert "FAIL" in capsys.readouterr().out
+    numbers = read_json(tmp_path / "overfit_batch" / "mlp" / "overfit.json")
+    assert numbers["readings"]["cross-entropy"]["passed"] is False
+
+
+@pytest.mark.usefixtures("no_figure")
+def test_one_loss_is_tried_beside_cross_entropy(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert check(tmp_path, "--loss", "mse-index") == 0  # only cross-entropy decides
+    readings = read_json(tmp_path / "overfit_batch" / "mlp" / "overfit.json")["readings"]
+    assert list(readings) == ["cross-entropy", "mse-index"]
+    assert readings["mse-index"]["passed"] is False
+    table = capsys.readouterr().out
+    assert table.count("PASS") == table.count("FAIL") == 1
+    assert check(tmp_path, "--loss", "cross-entropy", "--epochs", "2") == 1
+    assert list(read_json(tmp_path / "overfit_batch" / "mlp" / "overfit.json")["readings"]) == ["cross-entropy"]
+
+
+def of_shifted_labels(outputs: Tensor, labels: Tensor) -> Tensor:
+    return F.cross_entropy(outputs, labels.roll(1))
+
+
+def with_the_sign_lost(outputs: Tensor, labels: Tensor) -> Tensor:
+    return -F.cross_entropy(outputs, labels)
+
+
+def of_one_label_for_all(outputs: Tensor, labels: Tensor) -> Tensor:
+    return F.cross_entropy(outputs, labels[:1].expand(len(labels)))
+
+
+@pytest.mark.usefixtures("no_figure")
+@pytest.mark.parametrize("bug", [READINGS["softmax-twice"].loss, of_shifted_labels, with_the_sign_lost,
+                                 of_one_label_for_all],
+                         ids=["softmax twice", "shifted labels", "sign lost", "one label for all"])
+def test_a_bug_in_the_loss_fails_the_check(
+    bug: Callable[[Tensor, Tensor], Tensor], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setitem(READINGS, "cross-entropy", dataclasses.replace(READINGS["cross-entropy"], loss=bug))
+    assert check(tmp_path, "--loss", "cross-entropy") == 1
+
+
+@pytest.mark.usefixtures("no_figure")
+def test_the_same_seed_gives_the_same_curves(tmp_path: Path) -> None:
+    for name in ("one", "same"):
+        check(tmp_path / name, "--epochs", "5", "--seed", "3")
+    check(tmp_path / "other", "--epochs", "5", "--seed", "4")
+    one, same, other = (curves(tmp_path / name / "overfit_batch" / "mlp") for name in ("one", "same", "other"))
+    assert one == same
+    assert all(one[name] != other[name] for name in READINGS)
+
+
+@pytest.mark.usefixtures("no_figure")
+@pytest.mark.parametrize("optimizer", ["adamw", "sgd", "muon"])
+def test_any_optimizer_and_precision_can_be_tried(optimizer: str, tmp_path: Path) -> None:
+    assert check(tmp_path, "--epochs", "2", "--optimizer", optimizer, "--precision", "auto") == 1
+
+
+def test_a_diverging_check_fails_without_a_crash(tmp_path: Path) -> None:
+    assert check(tmp_path, "--epochs", "20", "--optimizer", "sgd", "--lr", "1e30") == 1
+    assert not read_json(tmp_path / "overfit_batch" / "mlp" / "overfit.json")["readings"]["cross-entropy"]["passed"]
+
+
+def test_the_check_refuses_what_belongs_to_runs(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert check(tmp_path, "--name", "x") == 2
+    assert "--overfit-batch" in error_line(capsys)
+
+
+@pytest.mark.parametrize("synthetic", [True, False])
+def test_the_figure_says_what_it_shows(synthetic: bool) -> None:
+    settings = MLPSettings(synthetic=synthetic, batch_size=64)
+    outcomes = {"cross-entropy": Outcome((4.6, 1.0, math.nan, 0.1), 64, 64), "mse-index": Outcome((9.0, 0.0), 3, 64)}
+    figure = overfit.overfit_figure(outcomes, settings)
+    assert ("SYNTHETIC" in figure.get_suptitle()) == synthetic
+    axes = figure.axes[0]
+    assert axes.get_xlabel() and axes.get_ylabel()
+    texts = [text.get_text() for text in figure.legends[0].get_texts()]
+    assert any("64 of 64" in text for text in texts) and any("3 of 64" in text for text in texts)
