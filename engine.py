@@ -159,6 +159,14 @@ class _State:
         own = {name: getattr(self, name) for name in self.__dataclass_fields__}
         return {"model": model.state_dict(), "optimizers": [o.state_dict() for o in optimizers], "progress": own}
 
+    @classmethod
+    def restore(cls, saved: dict[str, Any], model: nn.Module, optimizers: list[torch.optim.Optimizer]) -> "_State":
+        """The state that `capture` gave, with the model and the optimizers put back to it."""
+        model.load_state_dict(saved["model"])
+        for optimizer, of_optimizer in zip(optimizers, saved["optimizers"], strict=True):
+            optimizer.load_state_dict(of_optimizer)
+        return cls(**saved["progress"])
+
 
 def fit_and_place(model: nn.Module, split: Split, settings: Settings) -> nn.Module:
     """The model on its device, in channels_last order, with its normalisation fitted to the training pictures."""
@@ -193,7 +201,7 @@ def train_runs(command: Command) -> int:
 def _train_and_tell(model: nn.Module, train_split: Split, val_split: Split | None, run: Run, command: Command) -> int:
     """One run, with the words a user reads around it; returns the exit status."""
     settings = run.settings
-    measure = f"measure it on the test set: python evaluate.py {run.name}"
+    measure = f"measure it on the test set: {command.next_command(f'python evaluate.py {run.name}')}"
     if run.finished:
         print(f"{run.name} is finished already; {measure}")
         return 0
@@ -203,8 +211,8 @@ def _train_and_tell(model: nn.Module, train_split: Split, val_split: Split | Non
     try:
         result = train(model, train_split, val_split, run, quiet=command.quiet)
     except Interrupted as stop:
-        print(f"\n{stop}: the state is saved; go on with: python {command.script.file} --resume {run.name}",
-              flush=True)
+        again = command.next_command(f"python {command.script.file} --resume {run.name}")
+        print(f"\n{stop}: the state is saved; go on with: {again}", flush=True)
         return stop.status
     accuracy = "trained on all pictures, so there is no validation accuracy" if result["val_acc"] is None \
         else f"validation accuracy {result['val_acc']:.2f}%"
@@ -230,10 +238,10 @@ def train(
     state = _State(loss=torch.zeros((), device=device), correct=torch.zeros((), device=device, dtype=torch.int64))
     saved = run.load_checkpoint(device)
     if saved is not None:
-        model.load_state_dict(saved["model"])
-        for optimizer, of_optimizer in zip(optimizers, saved["optimizers"], strict=True):
-            optimizer.load_state_dict(of_optimizer)
-        state = _State(**saved["progress"])
+        try:
+            state = _State.restore(saved, model, optimizers)
+        except (KeyError, TypeError, ValueError, RuntimeError) as error:
+            raise UserError(f"{run.checkpoint_path} does not fit the network of its config.json ({error})") from error
     first_epoch, first_step = state.epoch, state.step
     mix = make_mixup(settings.mixup, num_classes=len(data.fine_names))
     model.train()

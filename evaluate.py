@@ -60,11 +60,11 @@ def measure(logits: np.ndarray, fine_labels: np.ndarray, coarse_labels: np.ndarr
     coarse_of_fine[fine_labels] = coarse_labels
     membership = np.eye(coarse_labels.max() + 1)[coarse_of_fine]
     of_label = np.take_along_axis(log_probabilities, fine_labels[:, None], axis=1)
-    rank = (log_probabilities > of_label).sum(1)
+    best_five = np.argsort(-logits, axis=1, kind="stable")[:, :5]
     coarse_guess = (np.exp(log_probabilities) @ membership).argmax(1)
     return {
         "top1": 100 * float((logits.argmax(1) == fine_labels).mean()),
-        "top5": 100 * float((rank < 5).mean()),
+        "top5": 100 * float((best_five == fine_labels[:, None]).any(1).mean()),
         "superclass": 100 * float((coarse_guess == coarse_labels).mean()),
         "cross_entropy": -float(of_label.mean()),
     }
@@ -125,26 +125,27 @@ class FinishedRun:
     def weights(self) -> Path:
         return self.folder / "model.safetensors"
 
+    def weights_digest(self) -> str:
+        return hashlib.sha256(self.weights.read_bytes()).hexdigest()
+
     def logits(self, test: TestPictures) -> np.ndarray:
         """float16 [N, 100] in the order of `test`: kept ones if they are those of the weights, else computed and kept.
 
-        Raises UserError if kept predictions are of other pictures, or there is nothing to compute them from.
+        Published predictions are what is published, so they are never computed anew; `check` compares them with the
+        weights. Raises UserError if kept predictions are of other pictures or, in a published run, missing.
         """
         path = self.folder / "predictions.npz"
-        digest = hashlib.sha256(self.weights.read_bytes()).hexdigest() if self.weights.exists() else None
         if path.exists():
             logits, hashes, of_weights = _read_predictions(path)
-            if digest is None or of_weights == digest:
+            if self.published or of_weights == self.weights_digest():
                 if not np.array_equal(hashes, test.hashes):
                     raise UserError(f"{path} has predictions for other pictures than this test set's: delete it")
                 return logits
-            if self.published:
-                raise UserError(f"{path} does not belong to the weights beside it: one of the two was replaced")
-        if digest is None:
-            raise UserError(f"{self.folder} has neither weights nor predictions")
+        elif self.published:
+            raise UserError(f"{path} is missing: publish this run again")
         logits = compute_logits(load_model(self.weights), test.images).numpy().astype(np.float16)
         with replacing(path) as partial, open(partial, "wb") as file:
-            np.savez_compressed(file, logits=logits, hash=test.hashes, weights_sha256=np.array(digest))
+            np.savez_compressed(file, logits=logits, hash=test.hashes, weights_sha256=np.array(self.weights_digest()))
         return logits
 
 
@@ -159,7 +160,8 @@ def _read_predictions(path: Path) -> tuple[np.ndarray, np.ndarray, str]:
 
 def find_runs(results_dir: Path) -> list[FinishedRun]:
     """Every finished run that has weights or, where published, predictions: a user's own, then the published ones."""
-    own, published = sorted(results_dir.glob("*/result.json")), sorted((results_dir / PUBLISHED).glob("*/result.json"))
+    own, published = (sorted(path for path in folder.glob("*/result.json") if not path.parent.name.startswith("."))
+                      for folder in (results_dir, results_dir / PUBLISHED))
     return [FinishedRun(path.parent) for path in own if (path.parent / "model.safetensors").exists()] \
         + [FinishedRun(path.parent) for path in published]
 
@@ -193,10 +195,13 @@ def publish(name: str, results_dir: Path, test: TestPictures) -> Path:
     keeps_weights = not siblings and run.weights.stat().st_size <= MAX_WEIGHTS_BYTES
     partial = target.with_name(f".{target.name}.partial")
     shutil.rmtree(partial, ignore_errors=True)
-    partial.mkdir(parents=True)
-    for file in (*RECORDED, "predictions.npz", *(["model.safetensors"] if keeps_weights else [])):
-        shutil.copyfile(source / file, partial / file)
-    partial.rename(target)
+    try:
+        partial.mkdir(parents=True)
+        for file in (*RECORDED, "predictions.npz", *(["model.safetensors"] if keeps_weights else [])):
+            shutil.copyfile(source / file, partial / file)
+        partial.rename(target)
+    finally:
+        shutil.rmtree(partial, ignore_errors=True)
     return target
 
 
@@ -299,6 +304,8 @@ def check(runs: list[FinishedRun], test: TestPictures, results_dir: Path, readme
     some = np.linspace(0, len(test.hashes) - 1, CHECKED_PICTURES).astype(int)
     for run in runs:
         if run.weights.exists():
+            if _read_predictions(run.folder / "predictions.npz")[2] != run.weights_digest():
+                problems.append(f"{run.folder}: the weights are not those that the predictions were made with")
             again = compute_logits(load_model(run.weights), test.images[torch.from_numpy(some)]).numpy()
             difference = float(np.abs(again - run.logits(test)[some].astype(np.float32)).max())
             if not difference <= CHECK_TOLERANCE:

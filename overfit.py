@@ -67,10 +67,15 @@ class Outcome:
     def passed(self) -> bool:
         return self.memorised == self.batch_size
 
-    def summary(self) -> dict[str, Any]:
+    @property
+    def losses(self) -> dict[str, float]:
         return {"first": self.curve[0], "last": self.curve[-1], "lowest": min(self.curve),
-                "highest_in_second_half": max(self.curve[len(self.curve) // 2:]),
-                "memorised": self.memorised, "batch_size": self.batch_size, "passed": self.passed}
+                "highest_in_second_half": max(self.curve[len(self.curve) // 2:])}
+
+    def summary(self) -> dict[str, Any]:
+        """What `overfit.json` says of it; a loss that is not finite is null there."""
+        finite = {name: value if math.isfinite(value) else None for name, value in self.losses.items()}
+        return {**finite, "memorised": self.memorised, "batch_size": self.batch_size, "passed": self.passed}
 
 
 def overfit_batch(command: Command, model_name: str) -> int:
@@ -123,8 +128,7 @@ def overfit_table(outcomes: dict[str, Outcome]) -> str:
     """The outcomes as a Markdown table."""
     lines = ["| loss | first | last | lowest | memorised | |", "|---|---:|---:|---:|---:|---|"]
     for name, outcome in outcomes.items():
-        numbers = outcome.summary()
-        losses = " | ".join(f"{numbers[key]:.4g}" for key in ("first", "last", "lowest"))
+        losses = " | ".join(f"{outcome.losses[key]:.4g}" for key in ("first", "last", "lowest"))
         lines.append(f"| {READINGS[name].title} | {losses} | {outcome.memorised} of {outcome.batch_size} "
                      f"| {'PASS' if outcome.passed else 'FAIL'} |")
     return "\n".join(lines)

@@ -110,13 +110,16 @@ class Run:
         folder = results_dir / _checked_name(name)
         if not folder.is_dir():
             raise UserError(f"there is no run {folder} to resume")
-        settings = settings_class.from_config(read_json(folder / "config.json")["settings"])
+        config = read_json(folder / "config.json")
+        if not isinstance(config, dict) or not isinstance(config.get("settings"), dict):
+            raise UserError(f"{folder / 'config.json'} holds no settings; was it edited?")
+        settings = settings_class.from_config(config["settings"])
         may_differ = {f.name for f in dataclasses.fields(settings) if f.metadata["resumable"]}
         for setting_name, value in given.items():
             was = getattr(settings, setting_name)
             if setting_name in may_differ:
                 settings = dataclasses.replace(settings, **{setting_name: value})
-            elif value != was and value != "auto":
+            elif value != was and value != "auto" and (setting_name, value) != ("threads", 0):
                 raise UserError(f"the run {name} was started with {flag_of(setting_name)} {show(was)}, "
                                 f"not {show(value)}: resume it without that flag, or start a new run")
         return cls(folder, settings)

@@ -98,12 +98,15 @@ class Settings:
 
     @classmethod
     def from_config(cls, values: dict[str, Any]) -> "Settings":
-        """From `config.json`, where tuples have become lists."""
-        known = {f.name for f in dataclasses.fields(cls)}
-        if set(values) != known:
-            odd = ", ".join(sorted(set(values) ^ known))
-            raise UserError(f"the run's config.json does not have the settings of this version (differing: {odd})")
-        return cls(**{name: tuple(value) if isinstance(value, list) else value for name, value in values.items()})
+        """From `config.json`, where tuples have become lists; UserError if they are not this class's settings."""
+        defaults = {f.name: f.default for f in dataclasses.fields(cls)}
+        restored = {name: tuple(value) if isinstance(value, list) else value for name, value in values.items()}
+        odd = set(restored) ^ set(defaults) or {
+            name for name, value in restored.items()
+            if type(value) is not type(defaults[name]) and not (type(value) is int and type(defaults[name]) is float)}
+        if odd:
+            raise UserError(f"the run's config.json does not fit this version's settings: {', '.join(sorted(odd))}")
+        return cls(**restored)
 
 
 def flag_of(name: str) -> str:
@@ -114,7 +117,8 @@ def show(value: Any) -> str:
     """A setting's value as one writes it on the command line."""
     if isinstance(value, tuple):
         return ",".join(map(str, value))
-    return f"{value:g}" if isinstance(value, float) else str(value)
+    short = f"{value:g}" if isinstance(value, float) else str(value)
+    return short if not isinstance(value, float) or float(short) == value else repr(value)
 
 
 @dataclass(frozen=True)
@@ -162,6 +166,11 @@ class Command:
     quiet: bool
     overfit_batch: bool
     loss: str | None
+
+    def next_command(self, command: str) -> str:
+        """`command` with the folder of the runs named, if that is not the usual one."""
+        where = [] if self.results_dir == RESULTS_DIR else ["--results-dir", str(self.results_dir)]
+        return shlex.join([*command.split(), *where])
 
 
 class Parser(argparse.ArgumentParser):
@@ -252,7 +261,9 @@ def exit_status(main: Callable[[], int]) -> int:
         message = str(error)
     except OSError as error:
         message = f"{error.filename or 'a file'}: {error.strerror or error}; is the disk full or the folder read-only?"
-    except torch.OutOfMemoryError:
+    except RuntimeError as error:
+        if not isinstance(error, torch.OutOfMemoryError) and "allocate memory" not in str(error):
+            raise
         message = "the device ran out of memory: try a smaller --batch-size"
     except KeyboardInterrupt:
         print("stopped", file=sys.stderr)

@@ -63,6 +63,9 @@ NETWORK_TIMEOUT = 30.0  # seconds without a byte before a download is given up
 class UserError(Exception):
     """Something the user can put right: one line that says what is wrong, where, and what to do."""
 
+    def __init__(self, message: str) -> None:
+        super().__init__(" ".join(message.split()))
+
 
 # ---------------------------------------------------------------------------------------------------------------------
 # The data set
@@ -222,7 +225,6 @@ def _download(folder: Path) -> None:
             CIFAR100(str(folder), download=True)
     except (OSError, RuntimeError, EOFError, tarfile.TarError, http.client.HTTPException) as error:
         reason = getattr(error, "reason", None) or getattr(error, "strerror", None) or error
-        reason = " ".join(str(reason).split())
         raise UserError(f"cannot download CIFAR-100 into {folder.parent} ({reason}): connect to a network, or put the "
                         "data set there as data/README.md says, or try --synthetic") from error
 

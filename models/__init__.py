@@ -11,7 +11,7 @@ from typing import Any
 
 import torch
 from safetensors import SafetensorError, safe_open
-from safetensors.torch import save_file
+from safetensors.torch import save
 from torch import nn
 
 from models.mlp import MLP
@@ -21,6 +21,9 @@ _MODELS: dict[str, Callable[..., nn.Module]] = {"mlp": MLP}
 
 class WeightsError(ValueError):
     """A weights file, or a model's name or arguments, that cannot be used; the message is one line."""
+
+    def __init__(self, message: str) -> None:
+        super().__init__(" ".join(message.split()))
 
 
 def list_models() -> list[str]:
@@ -43,7 +46,17 @@ def save_model(model: nn.Module, path: str | Path) -> None:
     """Write a model of `create_model` as float16 safetensors, its name and arguments in the file's metadata."""
     tensors = {name: (tensor.half() if tensor.is_floating_point() else tensor).cpu().contiguous()
                for name, tensor in model.state_dict().items()}
-    save_file(tensors, path, metadata={"model": model.model_name, "model_args": json.dumps(model.model_args)})
+    content = save(tensors, metadata={"model": model.model_name, "model_args": json.dumps(model.model_args)})
+    Path(path).write_bytes(_with_sorted_header(content))
+
+
+def _with_sorted_header(content: bytes) -> bytes:
+    """The same safetensors file with its header's keys in order: the library leaves the metadata's order to chance, and
+    equal weights are to be equal files.
+    """
+    end = 8 + int.from_bytes(content[:8], "little")
+    header = json.dumps(json.loads(content[8:end]), sort_keys=True, separators=(",", ":")).encode()
+    return content[:8] + header.ljust(end - 8) + content[end:]
 
 
 def load_model(path: str | Path, device: torch.device | str = "cpu") -> nn.Module:
