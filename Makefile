@@ -5,11 +5,14 @@ BIN := .venv/bin
 
 .PHONY: run test lint check clean
 
+# Only here is the synthetic set a fallback, and it says so; the scripts never replace the data set by themselves.
 run: .venv/ready
-	@data=; $(BIN)/python utils.py || { data=--synthetic; \
+	@data=; $(BIN)/python utils.py || { [ $$? -eq 2 ] || exit 1; data="--synthetic"; \
 	    echo "CIFAR-100 is not to be had here, so what follows runs on SYNTHETIC pictures: it shows that everything"; \
 	    echo "works, but its numbers say nothing about CIFAR-100. data/README.md says where to put the data set."; }; \
-	$(BIN)/python train_mlp.py --overfit-batch $$data && $(BIN)/python train_mlp.py --epochs 5 --name quickstart-$$$$ $$data
+	$(BIN)/python train_mlp.py --overfit-batch $$data && \
+	$(BIN)/python train_mlp.py --epochs 5 --batch-size 500 --name quickstart-$$(date +%Y%m%d-%H%M%S) $$data && \
+	echo "(first, in this shell: . .venv/bin/activate)"
 
 test: .venv/ready
 	$(BIN)/python -m pytest
@@ -21,9 +24,10 @@ check: .venv/ready
 	$(BIN)/python evaluate.py --check
 
 .venv/ready: requirements.txt
-	$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11) and "error: Python 3.11 or newer is needed: make PYTHON=python3.11 run")'
-	$(PYTHON) -m venv .venv
-	$(BIN)/python -m pip install --quiet --disable-pip-version-check -r requirements.txt
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11) and "error: this needs Python 3.11 or newer; name one with make PYTHON=python3.11 ...")'
+	@echo "installing the requirements into .venv (a few minutes, up to 6 GB with the GPU libraries)"
+	@$(PYTHON) -m venv .venv
+	@$(BIN)/python -m pip install --quiet --disable-pip-version-check -r requirements.txt
 	@touch $@
 
 clean:

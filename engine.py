@@ -1,7 +1,7 @@
 """The training loop that both scripts share, and what it is made of: optimizer, schedule, precision, cost.
 
-It sees training and validation pictures only. All that a resumed run needs is in one dictionary, `_State.capture`;
-everything random is derived from (seed, epoch, step), so there is no generator to save.
+It sees training and validation pictures only. Everything random is derived from (seed, epoch, step), so a checkpoint
+is the weights, the optimizers and how far the run has come: there is no generator to save.
 """
 
 import math
@@ -128,10 +128,10 @@ def rate_factor(schedule: str, warmup: float, progress: float) -> float:
     return {"constant": 1.0, "linear": left, "cosine": 0.5 - 0.5 * math.cos(math.pi * left)}[schedule]
 
 
-def forward_flops(model: nn.Module, side: int = 32) -> int:
-    """FLOPs of one picture's forward pass, a multiply-add counted as two, as PyTorch's own counter has them."""
+def forward_flops(model: nn.Module) -> int:
+    """FLOPs of one 32x32 picture's forward pass, a multiply-add counted as two, as PyTorch's own counter has them."""
     was_training = model.training
-    picture = torch.zeros(1, 3, side, side, device=next(model.parameters()).device)
+    picture = torch.zeros(1, 3, 32, 32, device=next(model.parameters()).device)
     with torch.no_grad(), FlopCounterMode(display=False) as counter:
         model.eval()(picture)
     model.train(was_training)
@@ -155,43 +155,79 @@ class _State:
     epoch_seconds: float = 0.0
     rows: list[dict[str, Any]] = field(default_factory=list)
 
-    def capture(self, model: nn.Module, optimizers: list[torch.optim.Optimizer]) -> dict[str, Any]:
-        own = {name: getattr(self, name) for name in self.__dataclass_fields__}
-        return {"model": model.state_dict(), "optimizers": [o.state_dict() for o in optimizers], "progress": own}
 
-    @classmethod
-    def restore(cls, saved: dict[str, Any], model: nn.Module, optimizers: list[torch.optim.Optimizer]) -> "_State":
-        """The state that `capture` gave, with the model and the optimizers put back to it."""
-        model.load_state_dict(saved["model"])
-        for optimizer, of_optimizer in zip(optimizers, saved["optimizers"], strict=True):
-            optimizer.load_state_dict(of_optimizer)
-        return cls(**saved["progress"])
+@dataclass
+class _Training:
+    """All that changes while training, and the run that it is saved in."""
+
+    run: Run
+    model: nn.Module
+    optimizers: list[torch.optim.Optimizer]
+    state: _State
+    saved_at: float  # time.monotonic() of the last checkpoint
+
+    def save(self) -> None:
+        """Write a checkpoint, unless what it would hold is no longer finite."""
+        self.require_finite(self.model.parameters(), "weights")
+        progress = {name: getattr(self.state, name) for name in self.state.__dataclass_fields__}
+        optimizers = [optimizer.state_dict() for optimizer in self.optimizers]
+        self.run.save_checkpoint({"model": self.model.state_dict(), "optimizers": optimizers, "progress": progress})
+        self.saved_at = time.monotonic()
+
+    def restore(self) -> bool:
+        """Go back to the run's checkpoint, if it has one; returns whether it has.
+
+        Raises UserError if the checkpoint is damaged or belongs to other settings.
+        """
+        saved = self.run.load_checkpoint()
+        if saved is None:
+            return False
+        try:
+            self.model.load_state_dict(saved["model"])
+            for optimizer, state_dict in zip(self.optimizers, saved["optimizers"], strict=True):
+                optimizer.load_state_dict(state_dict)
+            device = self.state.loss.device
+            self.state = _State(**saved["progress"])
+            self.state.loss, self.state.correct = self.state.loss.to(device), self.state.correct.to(device)
+        except (KeyError, TypeError, ValueError, RuntimeError) as error:
+            path = self.run.checkpoint_path
+            raise UserError(f"{path} does not fit the network that its config.json describes ({error})") from error
+        return True
+
+    def require_finite(self, tensors: Iterable[Tensor], what: str) -> None:
+        if all(bool(torch.isfinite(tensor).all()) for tensor in tensors):
+            return
+        has_one = self.run.checkpoint_path.exists()
+        kept = "the checkpoint before that is kept" if has_one else "there was no checkpoint yet"
+        raise UserError(f"the {what} of {self.run.name} stopped being finite by epoch {self.state.epoch + 1}, step "
+                        f"{self.state.step}; {kept}; try a smaller --lr or --precision float32")
 
 
 def fit_and_place(model: nn.Module, split: Split, settings: Settings) -> nn.Module:
-    """The model on its device, in channels_last order, with its normalisation fitted to the training pictures."""
+    """The model on its device, in channels_last order, with its normalisation fitted to the first training pictures."""
     model.fit_inputs(to_float(split.images[:INPUT_SAMPLE]))
     return model.to(settings.device, memory_format=torch.channels_last)
 
 
 def train_runs(command: Command) -> int:
-    """What a training script does but for the overfit check: one run a seed, or the one to resume. Returns the exit
-    status.
+    """What a training script does but for the overfit check: one run a seed, or the one to resume.
+
+    Returns the exit status; raises UserError for what the user can put right.
     """
-    for seed in command.seeds:
-        if command.resume is not None:
-            run = Run.resume(command.results_dir, command.resume, command.script.settings_class, command.given)
-            settings = prepare_device(run.settings)
-        else:
-            settings = prepare_device(replace(command.settings, seed=seed))
-        train_split, val_split = load_cifar100(
-            settings.data_folder, train_on_all=settings.train_on_all, use_synthetic=settings.synthetic)
-        torch.manual_seed(derived_seed("init", settings.seed))
+    resumed = None if command.resume is None else Run.resume(
+        command.results_dir, command.resume, command.script.settings_class, command.given)
+    told = command.settings if resumed is None else resumed.settings
+    train_split, val_split = load_cifar100(
+        told.data_folder, train_on_all=told.train_on_all, use_synthetic=told.synthetic)
+    for seed in command.seeds if resumed is None else (told.seed,):
+        settings = prepare_device(replace(told, seed=seed))
+        torch.manual_seed(derived_seed("init", seed))
         model = fit_and_place(command.script.build_model(settings, len(train_split.fine_names)), train_split, settings)
-        if command.resume is None:
+        if resumed is None:
             settings = choose_precision(model, train_split, settings)
-            run = Run.create(command.results_dir, settings, command.name, command.script.command_for(settings))
-        with run:
+        with resumed or Run.create(
+            command.results_dir, settings, command.name, command.script.command_for(settings)
+        ) as run:
             status = _train_and_tell(model, train_split, val_split, run, command)
         if status:
             return status
@@ -205,8 +241,7 @@ def _train_and_tell(model: nn.Module, train_split: Split, val_split: Split | Non
     if run.finished:
         print(f"{run.name} is finished already; {measure}")
         return 0
-    pictures = "SYNTHETIC pictures (their numbers say nothing about CIFAR-100)" if settings.synthetic else "CIFAR-100"
-    print(f"{run.name}: {settings.epochs} epochs on {len(train_split):,} {pictures}, {settings.precision} on "
+    print(f"{run.name}: {settings.epochs} epochs on {len(train_split):,} {settings.pictures}, {settings.precision} on "
           f"{settings.device} with {settings.threads} threads, in {run.folder}", flush=True)
     try:
         result = train(model, train_split, val_split, run, quiet=command.quiet)
@@ -229,80 +264,95 @@ def train(
     Writes the run's files and returns what `result.json` holds. Raises Interrupted after a signal, with the state
     saved, and UserError if the loss is no longer finite, with the last good checkpoint in place.
     """
-    settings = run.settings
-    device = torch.device(settings.device)
-    machine = machine_facts(device.type)
+    settings, device = run.settings, torch.device(run.settings.device)
     data = train_split.to(device)
     steps = steps_per_epoch(len(data), settings.batch_size)
-    optimizers = make_optimizers(model, settings)
     state = _State(loss=torch.zeros((), device=device), correct=torch.zeros((), device=device, dtype=torch.int64))
-    saved = run.load_checkpoint(device)
-    if saved is not None:
-        try:
-            state = _State.restore(saved, model, optimizers)
-        except (KeyError, TypeError, ValueError, RuntimeError) as error:
-            raise UserError(f"{run.checkpoint_path} does not fit the network of its config.json ({error})") from error
-    first_epoch, first_step = state.epoch, state.step
+    training = _Training(run, model, make_optimizers(model, settings), state, saved_at=time.monotonic())
+    with StopRequest() as stop:
+        machine = machine_facts(device.type)
+        was_resumed = training.restore()
+        state = training.state
+        with tqdm(total=steps * settings.epochs, initial=state.epoch * steps + state.step, unit="step",
+                  disable=True if quiet else None, mininterval=REFRESH_SECONDS, dynamic_ncols=True) as bar:
+            while state.epoch < settings.epochs:
+                _train_epoch(training, data, stop, bar)
+                _end_epoch(state, model, val_split, training.optimizers[0].param_groups[0]["lr"])
+                run.log(state.rows)
+                tqdm.write(_epoch_line(state.rows[-1], settings), file=sys.stdout)
+                sys.stdout.flush()
+        training.save()
+        result = _result(training, len(data), machine, was_resumed=was_resumed)
+        run.finish(model, state.rows, result)
+    if stop.signal:  # it came after the last step: this run is whole, but nothing else is to follow
+        raise Interrupted(stop.signal)
+    return result
+
+
+def _train_epoch(training: _Training, data: Split, stop: "StopRequest", bar: tqdm) -> None:
+    """The rest of the epoch that `training.state` is in. Raises Interrupted, with the state saved, after a signal."""
+    settings, state = training.run.settings, training.state
+    steps = steps_per_epoch(len(data), settings.batch_size)
     mix = make_mixup(settings.mixup, num_classes=len(data.fine_names))
-    model.train()
+    start, looked = time.perf_counter() - state.epoch_seconds, 0.0
+    training.model.train()
+    for images, labels in batches(data, settings.batch_size, settings.augmentation, seed=settings.seed,
+                                  epoch=state.epoch, first_step=state.step):
+        done = state.epoch * steps + state.step
+        set_rates(training.optimizers, settings, done / (steps * settings.epochs))
+        torch.manual_seed(derived_seed("model", settings.seed, state.epoch, state.step))  # MixUp, dropout
+        images, targets = mix(images, labels)
+        logits, loss = training_step(training.model, training.optimizers, images, targets, settings)
+        state.loss += loss * len(labels)
+        state.correct += (logits.argmax(1) == (targets if targets.ndim == 1 else targets.argmax(1))).sum()
+        state.pictures += len(labels)
+        state.step += 1
+        state.epoch_seconds = time.perf_counter() - start
+        bar.update()
+        if time.monotonic() - looked > REFRESH_SECONDS:
+            looked = time.monotonic()
+            _describe(bar, state, settings)
+            training.require_finite([state.loss], "loss")
+        if stop.signal or time.monotonic() - training.saved_at > 60 * settings.checkpoint_every:
+            training.require_finite([state.loss], "loss")
+            training.save()
+        if stop.signal:
+            raise Interrupted(stop.signal)
+    wait_for(state.loss.device)
+    training.require_finite([state.loss], "loss")
+    state.epoch_seconds = time.perf_counter() - start
 
-    next_checkpoint = time.monotonic() + 60 * settings.checkpoint_every
-    with _StopRequest() as stop, tqdm(
-        total=steps * settings.epochs, initial=state.epoch * steps + state.step, unit="step", disable=quiet,
-        mininterval=REFRESH_SECONDS, dynamic_ncols=True, file=sys.stderr,
-    ) as bar:
-        while state.epoch < settings.epochs:
-            start, before, looked = time.perf_counter(), state.epoch_seconds, 0.0
-            epoch = batches(data, settings.batch_size, settings.augmentation, seed=settings.seed, epoch=state.epoch,
-                            first_step=state.step)
-            for images, labels in epoch:
-                done = state.epoch * steps + state.step
-                set_rates(optimizers, settings, done / (steps * settings.epochs))
-                torch.manual_seed(derived_seed("model", settings.seed, state.epoch, state.step))  # MixUp, dropout
-                images, targets = mix(images, labels)
-                logits, loss = training_step(model, optimizers, images, targets, settings)
-                state.loss += loss * len(labels)
-                state.correct += (logits.argmax(1) == (targets if targets.ndim == 1 else targets.argmax(1))).sum()
-                state.pictures += len(labels)
-                state.step += 1
-                state.epoch_seconds = before + time.perf_counter() - start
-                bar.update()
-                if time.monotonic() - looked > REFRESH_SECONDS:
-                    looked = time.monotonic()
-                    _describe(bar, state, settings)
-                    _require_finite(model, state, run, weights=False)
-                if stop.signal or time.monotonic() > next_checkpoint:
-                    wait_for(device)
-                    state.epoch_seconds = before + time.perf_counter() - start
-                    _require_finite(model, state, run)
-                    run.save_checkpoint(state.capture(model, optimizers))
-                    next_checkpoint = time.monotonic() + 60 * settings.checkpoint_every
-                if stop.signal:
-                    raise Interrupted(stop.signal)
-            wait_for(device)
-            state.epoch_seconds = before + time.perf_counter() - start
-            _require_finite(model, state, run)
-            _end_epoch(state, model, val_split, optimizers[0].param_groups[0]["lr"])
-            run.log(state.rows)
-            tqdm.write(_epoch_line(state.rows[-1], settings), file=sys.stdout)
-            sys.stdout.flush()
 
-    run.save_checkpoint(state.capture(model, optimizers))
-    last, seconds = state.rows[-1], sum(row["seconds"] for row in state.rows)
-    pictures = len(data) * settings.epochs
-    result = {
-        **{name: last[name] for name in ("train_loss", "train_acc", "val_loss", "val_acc")},
+def _end_epoch(state: _State, model: nn.Module, val_split: Split | None, lr: float) -> None:
+    """Add the epoch's row (accuracies in percent) and go on to the next epoch."""
+    row = {"epoch": state.epoch + 1, "train_loss": float(state.loss) / state.pictures,
+           "train_acc": 100 * float(state.correct) / state.pictures, "val_loss": None, "val_acc": None,
+           "lr": lr, "seconds": round(state.epoch_seconds, 3)}
+    if val_split is not None:
+        logits = compute_logits(model, val_split.images)
+        row["val_loss"] = float(F.cross_entropy(logits, val_split.fine_labels))
+        row["val_acc"] = 100 * float((logits.argmax(1) == val_split.fine_labels).float().mean())
+    state.rows.append(row)
+    state.epoch, state.step, state.pictures, state.epoch_seconds = state.epoch + 1, 0, 0, 0.0
+    state.loss.zero_()
+    state.correct.zero_()
+
+
+def _result(training: _Training, pictures: int, machine: dict[str, Any], *, was_resumed: bool) -> dict[str, Any]:
+    """What `result.json` holds of a finished training on `pictures` pictures an epoch."""
+    rows, settings = training.state.rows, training.run.settings
+    seen, seconds = pictures * settings.epochs, sum(row["seconds"] for row in rows)
+    return {
+        **{name: rows[-1][name] for name in ("train_loss", "train_acc", "val_loss", "val_acc")},
         "epochs": settings.epochs,
         "train_seconds": round(seconds, 2),
-        "images_per_second": round(pictures / seconds, 1),
-        "train_flops": 3 * forward_flops(model) * pictures,
-        "parameters": sum(p.numel() for p in model.parameters()),
-        "peak_memory_bytes": peak_memory(device.type),
-        "resumed_at": [first_epoch, first_step] if saved is not None else None,
+        "images_per_second": round(seen / seconds, 1),
+        "train_flops": 3 * forward_flops(training.model) * seen,
+        "parameters": sum(p.numel() for p in training.model.parameters()),
+        "peak_memory_bytes": peak_memory(settings.device),
+        "resumed": was_resumed,
         "machine": machine,
     }
-    run.finish(model, state.rows, result)
-    return result
 
 
 def make_mixup(alpha: float, num_classes: int) -> Callable[[Tensor, Tensor], tuple[Tensor, Tensor]]:
@@ -341,31 +391,6 @@ def descend(loss: Tensor, optimizers: list[torch.optim.Optimizer]) -> None:
         optimizer.step()
 
 
-def _end_epoch(state: _State, model: nn.Module, val_split: Split | None, lr: float) -> None:
-    """Add the epoch's row (accuracies in percent) and go on to the next epoch."""
-    row = {"epoch": state.epoch + 1, "train_loss": float(state.loss) / state.pictures,
-           "train_acc": 100 * float(state.correct) / state.pictures, "val_loss": None, "val_acc": None,
-           "lr": lr, "seconds": round(state.epoch_seconds, 3)}
-    if val_split is not None:
-        logits = compute_logits(model, val_split.images)
-        row["val_loss"] = float(F.cross_entropy(logits, val_split.fine_labels))
-        row["val_acc"] = 100 * float((logits.argmax(1) == val_split.fine_labels).float().mean())
-    state.rows.append(row)
-    state.epoch, state.step, state.pictures, state.epoch_seconds = state.epoch + 1, 0, 0, 0.0
-    state.loss.zero_()
-    state.correct.zero_()
-
-
-def _require_finite(model: nn.Module, state: _State, run: Run, *, weights: bool = True) -> None:
-    finite = bool(torch.isfinite(state.loss))
-    if finite and (not weights or all(bool(torch.isfinite(p).all()) for p in model.parameters())):
-        return
-    kept = f"the checkpoint before that is kept in {run.folder}" if run.checkpoint_path.exists() \
-        else "there was no checkpoint yet"
-    raise UserError(f"the {'weights' if finite else 'loss'} of {run.name} stopped being finite by epoch "
-                    f"{state.epoch + 1}, step {state.step}; {kept}; try a smaller --lr or --precision float32")
-
-
 def _describe(bar: tqdm, state: _State, settings: Settings) -> None:
     rate = state.pictures / max(state.epoch_seconds, 1e-9)
     bar.set_description_str(f"epoch {state.epoch + 1}/{settings.epochs}", refresh=False)
@@ -378,10 +403,10 @@ def _epoch_line(row: dict[str, Any], settings: Settings) -> str:
             f"train acc {row['train_acc']:.2f}%{val}, {row['seconds']:.1f} s")
 
 
-class _StopRequest:
+class StopRequest:
     """While the block lasts, a first SIGINT or SIGTERM only sets `signal`; a second one acts as it always does."""
 
-    def __enter__(self) -> "_StopRequest":
+    def __enter__(self) -> "StopRequest":
         self.signal = 0
         self._before = {number: signal.signal(number, self._note) for number in (signal.SIGINT, signal.SIGTERM)}
         return self

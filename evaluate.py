@@ -15,16 +15,16 @@ import math
 import re
 import shutil
 import sys
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
-from functools import cached_property
+from functools import cache, cached_property
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
 
-from models import load_model
+from models import WeightsError, load_model
 from runs import PUBLISHED, read_json, replacing, write_json, write_text
 from settings import RESULTS_DIR, ROOT, Parser, exit_status
 from utils import UserError, compute_logits, default_data_dir, load_test_set, picture_hashes
@@ -97,9 +97,10 @@ class TestPictures:
 
 @dataclass(frozen=True)
 class FinishedRun:
-    """A run's folder, read."""
+    """A run's folder, read. What is missing or damaged in it raises UserError."""
 
     folder: Path
+    published: bool = False
 
     @property
     def name(self) -> str:
@@ -107,19 +108,27 @@ class FinishedRun:
 
     @cached_property
     def config(self) -> dict[str, Any]:
-        return read_json(self.folder / "config.json")
+        return self._read("config.json", "settings", "command", "git_changes")
 
     @cached_property
     def result(self) -> dict[str, Any]:
-        return read_json(self.folder / "result.json")
+        return self._read("result.json", "parameters", "train_seconds", "train_flops", "machine")
+
+    def _read(self, file: str, *needed: str) -> dict[str, Any]:
+        content = read_json(self.folder / file)
+        missing = [key for key in needed if not isinstance(content, dict) or key not in content]
+        if missing:
+            raise UserError(f"{self.folder / file} lacks {', '.join(missing)}: was it made by another version?")
+        return content
 
     @property
     def synthetic(self) -> bool:
         return self.config["settings"]["synthetic"]
 
     @property
-    def published(self) -> bool:
-        return self.folder.parent.name == PUBLISHED
+    def recipe_command(self) -> str:
+        """The command that made it, without the seed."""
+        return re.sub(r" --seed \d+$", "", self.config["command"])
 
     @property
     def weights(self) -> Path:
@@ -163,41 +172,62 @@ def find_runs(results_dir: Path) -> list[FinishedRun]:
     own, published = (sorted(path for path in folder.glob("*/result.json") if not path.parent.name.startswith("."))
                       for folder in (results_dir, results_dir / PUBLISHED))
     return [FinishedRun(path.parent) for path in own if (path.parent / "model.safetensors").exists()] \
-        + [FinishedRun(path.parent) for path in published]
+        + [FinishedRun(path.parent, published=True) for path in published]
 
 
 def publish(name: str, results_dir: Path, test: TestPictures) -> Path:
-    """Copy a finished run, or an overfit check such as overfit_batch/mlp, to where published ones are; returns where.
+    """Copy a finished run of a recipe to where published ones are; returns where.
 
     Only one seed of a recipe keeps its weights. Raises UserError for a run that must not be published.
     """
-    source = results_dir / name
-    if not source.is_dir():
-        raise UserError(f"there is no run {source}")
-    if (source / "overfit.json").exists():
-        if read_json(source / "overfit.json")["synthetic"]:
-            raise UserError(f"{source} was made with synthetic pictures: it cannot be published")
-        return Path(shutil.copytree(source, results_dir / PUBLISHED / name, dirs_exist_ok=True))
-
-    run = FinishedRun(source)
-    if not (source / "result.json").exists():
-        raise UserError(f"{source} is not finished: go on with --resume {name} first")
+    run = FinishedRun(results_dir / name)
+    if not (run.folder / "result.json").exists():
+        raise UserError(f"{run.folder} is no finished run; if there is such a run, go on with --resume {name} first")
     settings = run.config["settings"]
+    recipe = settings["recipe"]
     if run.synthetic:
-        raise UserError(f"{source} was trained on synthetic pictures: it cannot be published")
+        raise UserError(f"{run.folder} was trained on synthetic pictures: it cannot be published")
     if not settings["train_on_all"]:
-        raise UserError(f"{source} was not trained on all pictures: train it again with --train-on-all")
-    target = results_dir / PUBLISHED / f"{settings['recipe']}-s{settings['seed']}"
+        raise UserError(f"{run.folder} was not trained on all pictures: train it again with --train-on-all")
+    if not re.fullmatch(r"python train_\w+\.py( --recipe \S+)? --train-on-all", run.recipe_command):
+        raise UserError(f"{run.folder} is not the recipe {recipe} but `{run.recipe_command}`: it cannot be published")
+    if run.config["git_changes"]:
+        raise UserError(f"{run.folder} was trained with uncommitted changes: commit them and train it again")
+    target = results_dir / PUBLISHED / f"{recipe}-s{settings['seed']}"
     if target.exists():
         raise UserError(f"{target} is published already: remove it first if it is to be replaced")
     run.logits(test)
-    siblings = list(target.parent.glob(f"{settings['recipe']}-s*/model.safetensors"))
-    keeps_weights = not siblings and run.weights.stat().st_size <= MAX_WEIGHTS_BYTES
+    sibling_has_weights = any(re.fullmatch(rf"{re.escape(recipe)}-s\d+", path.parent.name)
+                              for path in target.parent.glob("*/model.safetensors"))
+    files = [*RECORDED, "predictions.npz"]
+    if not sibling_has_weights and run.weights.stat().st_size <= MAX_WEIGHTS_BYTES:
+        files.append("model.safetensors")
+    return _copy(run.folder, files, target)
+
+
+def publish_overfit(name: str, results_dir: Path) -> Path:
+    """Copy an overfit check, say overfit_batch/mlp, to where published ones are, in place of an older one.
+
+    Raises UserError if it was made with synthetic pictures, or did not pass, or left readings out.
+    """
+    source = results_dir / name
+    content = read_json(source / "overfit.json")
+    if content["settings"]["synthetic"]:
+        raise UserError(f"{source} was made with synthetic pictures: it cannot be published")
+    if len(content["readings"]) < 2 or not content["readings"]["cross-entropy"]["passed"]:
+        raise UserError(f"{source} is not the whole check, passed: run it again with --overfit-batch alone")
+    target = results_dir / PUBLISHED / name
+    shutil.rmtree(target, ignore_errors=True)
+    return _copy(source, ["overfit.json", "overfit.png", "curves.csv"], target)
+
+
+def _copy(source: Path, files: list[str], target: Path) -> Path:
+    """Make the folder `target`, whole or not at all, of some files of `source`."""
     partial = target.with_name(f".{target.name}.partial")
     shutil.rmtree(partial, ignore_errors=True)
     try:
         partial.mkdir(parents=True)
-        for file in (*RECORDED, "predictions.npz", *(["model.safetensors"] if keeps_weights else [])):
+        for file in files:
             shutil.copyfile(source / file, partial / file)
         partial.rename(target)
     finally:
@@ -222,9 +252,10 @@ def summarise(runs: list[FinishedRun], test: TestPictures) -> list[dict[str, Any
 def _summary(recipe: str, runs: list[FinishedRun], test: TestPictures) -> dict[str, Any]:
     runs = sorted(runs, key=lambda run: run.config["settings"]["seed"])
     seeds = [run.config["settings"]["seed"] for run in runs]
-    commands = {re.sub(r" --seed \d+$", "", run.config["command"]) for run in runs}
-    if len(commands) > 1:
-        raise UserError(f"the published runs of {recipe} differ in their settings: {'; '.join(sorted(commands))}")
+    made_by = {f"{run.recipe_command} ({run.config['settings']['precision']} on {run.config['settings']['device']})"
+               for run in runs}
+    if len(made_by) > 1:
+        raise UserError(f"the published runs of {recipe} were not made alike: {'; '.join(sorted(made_by))}")
     measured = [measure(run.logits(test), test.fine_labels, test.coarse_labels) for run in runs]
     several = f"--seeds {','.join(map(str, seeds))}" if len(seeds) > 1 else f"--seed {seeds[0]}"
     row: dict[str, Any] = {"recipe": recipe, "seeds": seeds, "parameters": runs[0].result["parameters"]}
@@ -238,7 +269,7 @@ def _summary(recipe: str, runs: list[FinishedRun], test: TestPictures) -> dict[s
     row["train_flops"] = runs[0].result["train_flops"]
     row["precision"], row["device"] = (runs[0].config["settings"][key] for key in ("precision", "device"))
     row["machines"] = [run.result["machine"] for run in runs]
-    row["command"] = f"{commands.pop()} {several}"
+    row["command"] = f"{runs[0].recipe_command} {several}"
     return row
 
 
@@ -258,34 +289,42 @@ def _readme_row(row: dict[str, Any]) -> str:
         top1 = f"**{row['top1']['mean']:.2f}** (one seed; 95% interval {low:.1f} to {high:.1f})"
     else:
         top1 = f"**{row['top1']['mean']:.2f}** ± {row['top1']['std']:.2f} ({len(row['seeds'])} seeds)"
-    machine, seconds = row["machines"][0], float(np.mean(row["train_seconds"]))
+    seconds = float(np.mean(row["train_seconds"]))
     time = f"{seconds / 60:.1f} min" if seconds >= 60 else f"{seconds:.1f} s"
-    threads = f", {machine['threads']} threads" if row["device"] == "cpu" else ""
+    machines = sorted({machine["processor"] + (f", {machine['threads']} threads" if row["device"] == "cpu" else "")
+                       for machine in row["machines"]})
     return (f"| {row['recipe']} | {row['parameters'] / 1e6:.2f} M | {top1} | {row['top5']['mean']:.2f} "
             f"| {row['superclass']['mean']:.2f} | {time}, {row['train_flops']:.2g} FLOPs "
-            f"| {machine['processor']}{threads}, {row['precision']} | `{row['command']}` |")
+            f"| {' or '.join(machines)}, {row['precision']} | `{row['command']}` |")
 
 
-def run_table(runs: Iterable[FinishedRun], tests: dict[bool, TestPictures]) -> str:
-    """One line a run, for the screen."""
+def run_table(runs: Iterable[FinishedRun], test_set: Callable[[bool], TestPictures]) -> str:
+    """One line a run, for the screen; `test_set(synthetic)` gives the pictures to measure it on."""
     lines = [f"{'run':<28} {'top-1 (95% interval)':>22} {'top-5':>7} {'superclass':>10} {'cross-entropy':>13} "
-             f"{'parameters':>11} {'training':>9}  trained on"]
+             f"{'parameters':>11} {'training':>10}  trained on"]
     for run in runs:
-        test = tests[run.synthetic]
-        numbers = measure(run.logits(test), test.fine_labels, test.coarse_labels)
-        low, high = interval95(numbers["top1"], len(test.hashes))
-        whole = run.config["settings"]["train_on_all"]
-        pictures = "SYNTHETIC" if run.synthetic else "all 50,000" if whole else "45,000"
         name = f"{PUBLISHED}/{run.name}" if run.published else run.name
-        top1 = f"{numbers['top1']:.2f} ({low:.2f}–{high:.2f})"
-        lines.append(f"{name:<28} {top1:>22} {numbers['top5']:>7.2f} {numbers['superclass']:>10.2f} "
-                     f"{numbers['cross_entropy']:>13.4f} {run.result['parameters']:>11,} "
-                     f"{run.result['train_seconds']:>7.0f} s  {pictures}")
+        try:
+            lines.append(f"{name:<28} {_run_line(run, test_set(run.synthetic))}")
+        except (UserError, WeightsError) as problem:
+            if run.published:
+                raise
+            lines.append(f"{name:<28} left out: {problem}")
     return "\n".join(lines)
 
 
+def _run_line(run: FinishedRun, test: TestPictures) -> str:
+    numbers = measure(run.logits(test), test.fine_labels, test.coarse_labels)
+    low, high = interval95(numbers["top1"], len(test.hashes))
+    top1 = f"{numbers['top1']:.2f} ({low:.2f}–{high:.2f})"
+    whole = run.config["settings"]["train_on_all"]
+    pictures = "SYNTHETIC" if run.synthetic else "all 50,000" if whole else "45,000"
+    return (f"{top1:>22} {numbers['top5']:>7.2f} {numbers['superclass']:>10.2f} {numbers['cross_entropy']:>13.4f} "
+            f"{run.result['parameters']:>11,} {run.result['train_seconds']:>8.0f} s  {pictures}")
+
+
 def with_table(readme: str, table: str) -> str:
-    """The README's text with what stands between the two markers replaced."""
+    """The README's text with what stands between the two markers replaced; UserError if one of them is missing."""
     start, end = readme.find(TABLE_START), readme.find(TABLE_END)
     if start < 0 or end < start:
         raise UserError(f"README.md has lost the markers around its results table: {TABLE_START} and {TABLE_END}")
@@ -294,69 +333,86 @@ def with_table(readme: str, table: str) -> str:
 
 def check(runs: list[FinishedRun], test: TestPictures, results_dir: Path, readme: Path) -> list[str]:
     """What is published but does not hold, a line each: an empty list is a pass."""
-    rows, problems = summarise(runs, test), []
-    if not rows:
-        problems.append(f"nothing is published in {results_dir / PUBLISHED}")
+    problems = [] if runs else [f"nothing is published in {results_dir / PUBLISHED}"]
+    for part in (_check_tables, _check_weights):
+        try:
+            problems += part(runs, test, results_dir, readme)
+        except (UserError, WeightsError) as problem:
+            problems.append(str(problem))
+    return problems
+
+
+def _check_tables(runs: list[FinishedRun], test: TestPictures, results_dir: Path, readme: Path) -> list[str]:
+    rows, problems, text = summarise(runs, test), [], readme.read_text(encoding="utf-8")
+    if with_table(text, readme_table(rows)) != text:
+        problems.append("README.md's table is not what the published predictions give: run python evaluate.py")
     if read_json(results_dir / "results.json") != json.loads(json.dumps(rows)):
         problems.append("results/results.json is not what the published predictions give: run python evaluate.py")
-    if with_table(readme.read_text(), readme_table(rows)) != readme.read_text():
-        problems.append("README.md's table is not what the published predictions give: run python evaluate.py")
+    return problems
+
+
+def _check_weights(runs: list[FinishedRun], test: TestPictures, results_dir: Path, readme: Path) -> list[str]:
+    problems = []
     some = np.linspace(0, len(test.hashes) - 1, CHECKED_PICTURES).astype(int)
-    for run in runs:
-        if run.weights.exists():
-            if _read_predictions(run.folder / "predictions.npz")[2] != run.weights_digest():
-                problems.append(f"{run.folder}: the weights are not those that the predictions were made with")
-            again = compute_logits(load_model(run.weights), test.images[torch.from_numpy(some)]).numpy()
-            difference = float(np.abs(again - run.logits(test)[some].astype(np.float32)).max())
-            if not difference <= CHECK_TOLERANCE:
-                problems.append(f"{run.folder}: weights and predictions differ by {difference:.3f} in a logit")
+    for run in (run for run in runs if run.weights.exists()):
+        if _read_predictions(run.folder / "predictions.npz")[2] != run.weights_digest():
+            problems.append(f"{run.folder}: the weights are not those that the predictions were made with")
+        again = compute_logits(load_model(run.weights), test.images[torch.from_numpy(some)]).numpy()
+        difference = float(np.abs(again - run.logits(test)[some].astype(np.float32)).max())
+        if not difference <= CHECK_TOLERANCE:
+            problems.append(f"{run.folder}: weights and predictions differ by {difference:.3f} in a logit")
     return problems
 
 
 def main(argv: list[str] | None = None) -> int:
     parser = Parser(prog="evaluate.py", description=__doc__)
     parser.add_argument("runs", nargs="*", metavar="RUN", help="measure these runs only (default: all)")
-    parser.add_argument("--publish", metavar="NAME", action="append", default=[],
-                        help="copy a finished run to results/published/ first")
+    parser.add_argument("--publish", metavar="NAME", nargs="+", default=[],
+                        help="copy these finished runs to results/published/ first")
     parser.add_argument("--check", action="store_true",
                         help="change nothing, exit 1 if a published number does not hold")
     parser.add_argument("--data-dir", default=default_data_dir(), metavar="FOLDER", help="folder of the data set")
     parser.add_argument("--results-dir", type=Path, default=RESULTS_DIR, metavar="FOLDER", help="folder of all runs")
     options = parser.parse_args(argv)
-    if options.check and (options.runs or options.publish):
-        raise UserError("--check is about everything published: give it alone")
-    results_dir, readme = options.results_dir, ROOT / "README.md"
+    if sum(map(bool, (options.runs, options.publish, options.check))) > 1:
+        raise UserError("--check, --publish and naming runs are three different things: do one of them")
+    results_dir, readme = options.results_dir.resolve(), ROOT / "README.md"
 
-    runs = find_runs(results_dir)
-    if options.runs:
-        by_name = {f"{PUBLISHED}/{run.name}" if run.published else run.name: run for run in runs}
-        missing = [name for name in options.runs if name not in by_name]
-        if missing:
-            raise UserError(f"no finished run in {results_dir} is called {', '.join(missing)}; "
-                            f"there are: {', '.join(sorted(by_name)) or 'none'}")
-        runs = [by_name[name] for name in options.runs]
-    kinds = {run.synthetic for run in runs} | ({False} if options.publish or options.check else set())
-    tests = {synthetic: TestPictures(options.data_dir, synthetic=synthetic) for synthetic in kinds}
+    @cache
+    def test_set(synthetic: bool) -> TestPictures:
+        return TestPictures(options.data_dir, synthetic=synthetic)
 
     if options.check:
-        problems = check([run for run in runs if run.published], tests[False], results_dir, readme)
-        print("\n".join(problems) or "every published number holds")
+        published = [run for run in find_runs(results_dir) if run.published]
+        problems = check(published, test_set(False), results_dir, readme)
+        print("\n".join(problems) or f"every published number holds: {len(published)} runs")
         return 1 if problems else 0
     for name in options.publish:
-        print(f"published: {publish(name, results_dir, tests[False])}")
-    if options.publish:
-        runs = find_runs(results_dir)
-        tests |= {run.synthetic: TestPictures(options.data_dir, synthetic=True) for run in runs if run.synthetic}
-    if not runs:
-        raise UserError(f"there is no finished run in {results_dir}: train one first, say with python train_mlp.py")
-    print(run_table(runs, tests))
+        is_overfit = (results_dir / name / "overfit.json").exists()
+        target = publish_overfit(name, results_dir) if is_overfit else publish(name, results_dir, test_set(False))
+        print(f"published: {target}")
+
+    runs = _chosen(find_runs(results_dir), options.runs, results_dir)
+    print(run_table(runs, test_set))
     published = [run for run in runs if run.published]
     if published and not options.runs and results_dir == RESULTS_DIR:
-        rows = summarise(published, tests[False])
+        rows = summarise(published, test_set(False))
         write_json(results_dir / "results.json", rows)
-        write_text(readme, with_table(readme.read_text(), readme_table(rows)))
+        write_text(readme, with_table(readme.read_text(encoding="utf-8"), readme_table(rows)))
         print("README.md and results/results.json are up to date")
     return 0
+
+
+def _chosen(runs: list[FinishedRun], names: list[str], results_dir: Path) -> list[FinishedRun]:
+    """The runs of these names, or all of them. Raises UserError for a name that is none, or if there are no runs."""
+    if not runs:
+        raise UserError(f"there is no finished run in {results_dir}: train one first, say with python train_mlp.py")
+    by_name = {f"{PUBLISHED}/{run.name}" if run.published else run.name: run for run in runs}
+    missing = [name for name in names if name not in by_name]
+    if missing:
+        raise UserError(f"no finished run in {results_dir} is called {', '.join(missing)}; "
+                        f"there are: {', '.join(sorted(by_name))}")
+    return [by_name[name] for name in names] if names else runs
 
 
 if __name__ == "__main__":

@@ -19,9 +19,9 @@ from tqdm import tqdm
 
 from engine import descend, fit_and_place, make_optimizers, set_rates
 from hardware import prepare_device
-from runs import replacing, save_figure, write_json
-from settings import Command, Settings
-from utils import Augmentation, batches, derived_seed, load_cifar100
+from runs import provenance, replacing, save_figure, write_json
+from settings import Command, Script, Settings
+from utils import Augmentation, Split, batches, derived_seed, load_cifar100
 
 
 @dataclass(frozen=True)
@@ -78,8 +78,8 @@ class Outcome:
         return {**finite, "memorised": self.memorised, "batch_size": self.batch_size, "passed": self.passed}
 
 
-def overfit_batch(command: Command, model_name: str) -> int:
-    """Run the check, write its figure, curves and numbers to <results>/overfit_batch/<model_name>, print the table.
+def overfit_batch(command: Command) -> int:
+    """Run the check, write its figure, curves and numbers to <results>/overfit_batch/<model>, print the table.
 
     Returns the exit status: 0 only if plain cross-entropy memorised the whole batch.
     """
@@ -87,23 +87,28 @@ def overfit_batch(command: Command, model_name: str) -> int:
     readings = {name: reading for name, reading in READINGS.items()
                 if command.loss in (None, name) or name == "cross-entropy"}
     split, _ = load_cifar100(settings.data_folder, train_on_all=settings.train_on_all, use_synthetic=settings.synthetic)
-    images, labels = next(batches(split, settings.batch_size, Augmentation(), seed=settings.seed, epoch=0))
-    images, labels = images.to(settings.device), labels.to(settings.device)
-    outcomes = {}
-    for name, reading in readings.items():
-        torch.manual_seed(derived_seed("init", settings.seed))
-        model = fit_and_place(command.script.build_model(settings, reading.num_outputs), split, settings)
-        outcomes[name] = memorise(model, images, labels, reading, settings, quiet=command.quiet)
-
-    folder = command.results_dir / "overfit_batch" / model_name
+    print(f"overfitting one batch of {settings.batch_size} {settings.pictures} for {settings.epochs} epochs")
+    outcomes = {name: run_reading(command.script, settings, reading, split, quiet=command.quiet)
+                for name, reading in readings.items()}
+    folder = command.results_dir / "overfit_batch" / command.script.model
     folder.mkdir(parents=True, exist_ok=True)
-    write_json(folder / "overfit.json", {"settings": asdict(settings), "synthetic": settings.synthetic,
-                                         "readings": {name: outcome.summary() for name, outcome in outcomes.items()}})
+    write_json(folder / "overfit.json", {
+        "readings": {name: outcome.summary() for name, outcome in outcomes.items()},
+        "settings": asdict(settings), **provenance(),
+    })
     _write_curves(outcomes, folder / "curves.csv")
     save_figure(overfit_figure(outcomes, settings), folder / "overfit.png")
     print(overfit_table(outcomes))
     print(f"figure, curves and numbers are in {folder}")
     return 0 if outcomes["cross-entropy"].passed else 1
+
+
+def run_reading(script: Script, settings: Settings, reading: Reading, split: Split, *, quiet: bool = False) -> Outcome:
+    """One reading on the first batch that `settings.seed` gives, with fresh weights."""
+    images, labels = next(batches(split, settings.batch_size, Augmentation(), seed=settings.seed, epoch=0))
+    torch.manual_seed(derived_seed("init", settings.seed))
+    model = fit_and_place(script.build_model(settings, reading.num_outputs), split, settings)
+    return memorise(model, images.to(settings.device), labels.to(settings.device), reading, settings, quiet=quiet)
 
 
 def memorise(

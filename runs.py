@@ -15,10 +15,10 @@ import subprocess
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
+from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import torch
 from torch import nn
 
@@ -47,7 +47,7 @@ def replacing(path: Path) -> Iterator[Path]:
 
 def write_text(path: Path, text: str) -> None:
     with replacing(path) as partial:
-        partial.write_text(text)
+        partial.write_text(text, encoding="utf-8")
 
 
 def write_json(path: Path, value: Any) -> None:
@@ -55,8 +55,9 @@ def write_json(path: Path, value: Any) -> None:
 
 
 def read_json(path: Path) -> Any:
+    """What a JSON file holds. Raises UserError if it is missing or damaged."""
     try:
-        return json.loads(path.read_text())
+        return json.loads(path.read_text(encoding="utf-8"))
     except FileNotFoundError:
         raise UserError(f"{path} is missing") from None
     except ValueError as error:
@@ -87,7 +88,10 @@ class Run:
 
     @classmethod
     def create(cls, results_dir: Path, settings: Settings, name: str | None, command: str) -> "Run":
-        """A new folder, never one that is there already: `name`, or <recipe>-s<seed> with -2, -3, ... appended."""
+        """A new folder, never one that is there already: `name`, or <recipe>-s<seed> with -2, -3, ... appended.
+
+        Raises UserError if `name` is taken or cannot name a folder.
+        """
         results_dir.mkdir(parents=True, exist_ok=True)
         if name is None:
             base, count = f"{settings.recipe}-s{settings.seed}", 1
@@ -106,7 +110,10 @@ class Run:
 
     @classmethod
     def resume(cls, results_dir: Path, name: str, settings_class: type[Settings], given: dict[str, Any]) -> "Run":
-        """The run `name` with the settings it was started with; those in `given` must not contradict them."""
+        """The run `name` with the settings it was started with; those in `given` must not contradict them.
+
+        Raises UserError if they do, if there is no such run, if another process has it, or if its config is damaged.
+        """
         folder = results_dir / _checked_name(name)
         if not folder.is_dir():
             raise UserError(f"there is no run {folder} to resume")
@@ -129,18 +136,29 @@ class Run:
         return self.result_path.exists()
 
     def save_checkpoint(self, state: dict[str, Any]) -> None:
+        """Write what `load_checkpoint` is to give back, with the settings that it belongs to."""
         with replacing(self.checkpoint_path) as partial:
-            torch.save(state, partial)
+            torch.save({**state, "settings": dataclasses.asdict(self.settings)}, partial)
 
-    def load_checkpoint(self, device: torch.device) -> dict[str, Any] | None:
-        """What `save_checkpoint` was given last, or None before the first one."""
+    def load_checkpoint(self) -> dict[str, Any] | None:
+        """What `save_checkpoint` was given last, on the CPU, or None before the first one.
+
+        Raises UserError if the file is damaged, or if it belongs to other settings than those of `config.json`.
+        """
         if not self.checkpoint_path.exists():
             return None
         try:
-            return torch.load(self.checkpoint_path, map_location=device, weights_only=True)
+            state = torch.load(self.checkpoint_path, map_location="cpu", weights_only=True)
+            of_checkpoint = state.pop("settings")
         except Exception as error:  # torch.load raises nearly anything for a damaged file
             raise UserError(f"{self.checkpoint_path} is damaged ({type(error).__name__}): "
                             "delete it to start this run from the beginning") from error
+        for f in dataclasses.fields(self.settings):
+            now, then = getattr(self.settings, f.name), of_checkpoint.get(f.name)
+            if now != then and not f.metadata["resumable"]:
+                raise UserError(f"{self.checkpoint_path} was made with {flag_of(f.name)} {show(then)}, and config.json "
+                                f"now says {show(now)}: put that back")
+        return state
 
     def log(self, rows: list[dict[str, Any]]) -> None:
         """Write all epochs so far to `metrics.csv` and draw them."""
@@ -190,12 +208,14 @@ def provenance() -> dict[str, Any]:
             return None
         return done.stdout.strip() if done.returncode == 0 else None
 
+    status = git("status", "--porcelain", "--untracked-files=no")
     return {
         "started": time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime()),
         "git_commit": git("rev-parse", "HEAD"),
-        "git_changes": bool(git("status", "--porcelain", "--untracked-files=no")),
-        "versions": {"python": platform.python_version(), "torch": torch.__version__, "numpy": np.__version__},
-        "platform": platform.platform(),
+        "git_changes": None if status is None else bool(status),
+        "versions": {"python": platform.python_version(),
+                     **{package: version(package) for package in ("torch", "torchvision", "numpy")}},
+        "platform": f"{platform.system()} {platform.machine()}",
     }
 
 

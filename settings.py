@@ -22,21 +22,22 @@ from utils import Augmentation, UserError, default_data_dir
 
 ROOT = Path(__file__).resolve().parent
 RESULTS_DIR = ROOT / "results"
-NOT_FOR_ONE_BATCH = ("flip", "crop", "cutout", "mixup", "label_smoothing", "precision", "checkpoint_every")
-MACHINE_SETTINGS = ("device", "threads", "precision", "data_dir", "checkpoint_every")  # not part of a recipe
 
 
 _BOUNDS = (("low", "at least", operator.lt), ("above", "above", operator.le), ("high", "at most", operator.gt))
 
 
 def setting(default: Any, help: str, *, low: float | None = None, above: float | None = None,
-            high: float | None = None, choices: tuple[str, ...] | None = None, resumable: bool = False) -> Any:
+            high: float | None = None, choices: tuple[str, ...] | None = None, resumable: bool = False,
+            machine: bool = False, one_batch: bool = True) -> Any:
     """A field of Settings, with all that the command line says of it. `low` and `high` are included, `above` is not.
 
-    A `resumable` one may differ when a run is resumed, since it does not change what the run computes.
+    resumable: may differ when a run is resumed, since it does not change what the run computes; machine: is about the
+    machine and no part of a recipe; one_batch: means something to the single-batch overfit check.
     """
     limits = {"low": low, "above": above, "high": high, "choices": choices}
-    return field(default=default, metadata={"help": help, "resumable": resumable, **limits})
+    roles = {"resumable": resumable, "machine": machine, "one_batch": one_batch}
+    return field(default=default, metadata={"help": help, **limits, **roles})
 
 
 @dataclass(kw_only=True)
@@ -58,23 +59,27 @@ class Settings:
     warmup: float = setting(0.0, "share of all steps over which the learning rate rises from zero", low=0, high=1)
     schedule: str = setting("linear", "how the learning rate falls to zero after that",
                             choices=("constant", "linear", "cosine"))
-    label_smoothing: float = setting(0.0, "label smoothing", low=0, high=1)
+    label_smoothing: float = setting(0.0, "label smoothing", low=0, high=1, one_batch=False)
 
-    flip: bool = setting(True, "flip training pictures at random")
+    flip: bool = setting(True, "flip training pictures at random", one_batch=False)
     crop: int = setting(0, "shift training pictures at random by up to so many pixels, reflected at the edges",
-                        low=0, high=31)
-    cutout: int = setting(0, "side of the square cut out of training pictures, in pixels", low=0, high=32)
-    mixup: float = setting(0.0, "MixUp: alpha of the Beta distribution of a batch's mixing share; 0 for none", low=0)
+                        low=0, high=31, one_batch=False)
+    cutout: int = setting(0, "side of the square cut out of training pictures, in pixels", low=0, high=32,
+                          one_batch=False)
+    mixup: float = setting(0.0, "MixUp: alpha of the Beta distribution of a batch's mixing share; 0 for none", low=0,
+                           one_batch=False)
 
     seed: int = setting(0, "decides initial weights, order, augmentation and dropout", low=0)
     train_on_all: bool = setting(False, "train on all 50,000 training pictures, the held-out 5,000 included")
     synthetic: bool = setting(False, "use procedurally drawn pictures: no data set, no network, no meaning")
     precision: str = setting("auto", "arithmetic of the training steps; auto times both on a CPU",
-                             choices=("auto", "float32", "bfloat16"))
-    device: str = setting("auto", "where to train", choices=("auto", "cpu", "cuda", "mps"))
-    threads: int = setting(0, "CPU threads; 0 leaves it to PyTorch", low=0, high=1024)
-    data_dir: str = setting("", "folder of the data set (default: $CIFAR100_DIR, else data/)", resumable=True)
-    checkpoint_every: float = setting(2.0, "minutes between checkpoints", low=0, resumable=True)
+                             choices=("auto", "float32", "bfloat16"), machine=True, one_batch=False)
+    device: str = setting("auto", "where to train", choices=("auto", "cpu", "cuda", "mps"), machine=True)
+    threads: int = setting(0, "CPU threads; 0 leaves it to PyTorch", low=0, high=1024, machine=True)
+    data_dir: str = setting("", "folder of the data set (default: $CIFAR100_DIR, else data/)", resumable=True,
+                            machine=True)
+    checkpoint_every: float = setting(2.0, "minutes between checkpoints", low=0, resumable=True, machine=True,
+                                      one_batch=False)
 
     def __post_init__(self) -> None:
         for name, value, limits in ((f.name, getattr(self, f.name), f.metadata) for f in dataclasses.fields(self)):
@@ -91,6 +96,11 @@ class Settings:
     @property
     def augmentation(self) -> Augmentation:
         return Augmentation(flip=self.flip, crop=self.crop, cutout=self.cutout)
+
+    @property
+    def pictures(self) -> str:
+        """What it is trained on, in words."""
+        return "SYNTHETIC pictures (which say nothing about CIFAR-100)" if self.synthetic else "CIFAR-100 pictures"
 
     @property
     def data_folder(self) -> str:
@@ -125,11 +135,13 @@ def show(value: Any) -> str:
 class Script:
     """What a training script declares of itself.
 
-    file: its name; description: its docstring; recipes: named settings, the first of them the default; overfit: the
-    settings that `--overfit-batch` replaces; build_model(settings, num_outputs): its network with random weights.
+    file: its name; model: its network's; description: its docstring; recipes: named settings, the first of them the
+    default; overfit: the settings that `--overfit-batch` replaces; build_model(settings, num_outputs): its network with
+    random weights.
     """
 
     file: str
+    model: str
     description: str
     settings_class: type[Settings]
     recipes: dict[str, dict[str, Any]]
@@ -145,7 +157,7 @@ class Script:
         words = [] if settings.recipe == next(iter(self.recipes)) else ["--recipe", settings.recipe]
         for f in dataclasses.fields(settings):
             value = getattr(settings, f.name)
-            if f.name in (*MACHINE_SETTINGS, "seed", "recipe") or value == getattr(start, f.name):
+            if f.metadata["machine"] or f.name in ("seed", "recipe") or value == getattr(start, f.name):
                 continue
             words += [flag_of(f.name if value else "no_" + f.name)] if isinstance(value, bool) \
                 else [flag_of(f.name), show(value)]
@@ -169,7 +181,7 @@ class Command:
 
     def next_command(self, command: str) -> str:
         """`command` with the folder of the runs named, if that is not the usual one."""
-        where = [] if self.results_dir == RESULTS_DIR else ["--results-dir", str(self.results_dir)]
+        where = [] if self.results_dir.resolve() == RESULTS_DIR else ["--results-dir", str(self.results_dir)]
         return shlex.join([*command.split(), *where])
 
 
@@ -199,7 +211,7 @@ def parse_command_line(script: Script, losses: tuple[str, ...], argv: list[str] 
     control = {name: given.pop(name, default) for name, default in (
         ("name", None), ("seeds", None), ("resume", None), ("results_dir", RESULTS_DIR), ("quiet", False),
         ("overfit_batch", False), ("loss", None))}
-    _refuse_contradictions({**given, **control})
+    _refuse_contradictions(script, {**given, **control})
     recipe = given.get("recipe", next(iter(script.recipes)))
     settings = script.recipe_settings(recipe, **{**(script.overfit if control["overfit_batch"] else {}), **given})
     seeds = control.pop("seeds") or (settings.seed,)
@@ -237,15 +249,15 @@ def _make_parser(script: Script, losses: tuple[str, ...]) -> argparse.ArgumentPa
     return parser
 
 
-def _refuse_contradictions(values: dict[str, Any]) -> None:
+def _refuse_contradictions(script: Script, values: dict[str, Any]) -> None:
     pairs = (("seeds", "seed"), ("seeds", "resume"), ("seeds", "name"), ("seeds", "overfit_batch"), ("resume", "name"),
              ("resume", "overfit_batch"), ("name", "overfit_batch"))
     for a, b in pairs:
         if all(values.get(flag) is not None and values[flag] is not False for flag in (a, b)):
             raise UserError(f"{flag_of(a)} and {flag_of(b)} contradict each other: give one of them")
-    for flag in NOT_FOR_ONE_BATCH:
-        if values["overfit_batch"] and values.get(flag):
-            raise UserError(f"{flag_of(flag)} means nothing with --overfit-batch, which trains on one batch as it is")
+    for f in dataclasses.fields(script.settings_class):
+        if values["overfit_batch"] and values.get(f.name) and not f.metadata["one_batch"]:
+            raise UserError(f"{flag_of(f.name)} means nothing with --overfit-batch, which trains on one batch as it is")
     if values["loss"] and not values["overfit_batch"]:
         raise UserError("--loss belongs to --overfit-batch: give both or neither")
     seeds = values["seeds"]
@@ -260,7 +272,8 @@ def exit_status(main: Callable[[], int]) -> int:
     except (UserError, WeightsError) as error:
         message = str(error)
     except OSError as error:
-        message = f"{error.filename or 'a file'}: {error.strerror or error}; is the disk full or the folder read-only?"
+        advice = "" if isinstance(error, FileNotFoundError) else "; is the disk full or the folder read-only?"
+        message = f"{error.filename or 'a file'}: {error.strerror or error}{advice}"
     except RuntimeError as error:
         if not isinstance(error, torch.OutOfMemoryError) and "allocate memory" not in str(error):
             raise

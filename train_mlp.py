@@ -19,6 +19,8 @@ from settings import Script, Settings, exit_status, parse_command_line, setting
 
 @dataclass(kw_only=True)
 class MLPSettings(Settings):
+    """What both scripts are told, and the arguments of `models.MLP`."""
+
     widths: tuple[int, ...] = setting((2048, 1024, 512), "units of each hidden layer", low=1, high=65536)
     side: int = setting(32, "average pictures down to so many pixels a side first", low=1, high=32)
     dropout: float = setting(0.0, "share of hidden activations zeroed while training", low=0, high=0.99)
@@ -43,12 +45,12 @@ def build_model(settings: MLPSettings, num_outputs: int = 100) -> nn.Module:
                         batch_norm=settings.batch_norm, num_classes=num_outputs)
 
 
-SCRIPT = Script("train_mlp.py", __doc__, MLPSettings, RECIPES, OVERFIT, build_model)
+SCRIPT = Script("train_mlp.py", "mlp", __doc__, MLPSettings, RECIPES, OVERFIT, build_model)
 
 
 def main(argv: list[str] | None = None) -> int:
     command = parse_command_line(SCRIPT, LOSSES, argv)
-    return overfit_batch(command, "mlp") if command.overfit_batch else train_runs(command)
+    return overfit_batch(command) if command.overfit_batch else train_runs(command)
 
 
 if __name__ == "__main__":

@@ -129,7 +129,8 @@ def load_test_set(data_dir: str | Path, *, use_synthetic: bool = False) -> Split
 def picture_hashes(images: Tensor) -> np.ndarray:
     """Name pictures by their content: uint8 [N, 3, 32, 32] -> uint64 [N].
 
-    A hash is the first 8 bytes, little-endian, of the SHA-256 of a picture's 3,072 channel-first bytes.
+    A hash is the first 8 bytes, little-endian, of the SHA-256 of a picture's 3,072 channel-first bytes. SHA-256 takes
+    one picture at a time; all 50,000 take a fifth of a second, once.
     """
     rows = images.flatten(1).contiguous().cpu().numpy()
     return np.array([int.from_bytes(hashlib.sha256(row).digest()[:8], "little") for row in rows], dtype=np.uint64)
@@ -163,9 +164,9 @@ def _load_official(data_dir: Path, part: str) -> Split:
     try:
         data_dir.mkdir(parents=True, exist_ok=True)
         binary = data_dir / BINARY_FOLDER / f"{part}.bin"
-        if binary.exists():
+        if _is_there(binary):
             return _checked(*_read_binary(binary, PICTURES[part]), part, binary)
-        if not (data_dir / PYTHON_FOLDER).exists():
+        if not _is_there(data_dir / PYTHON_FOLDER):
             with tempfile.TemporaryDirectory(prefix=".download-", dir=data_dir) as folder:
                 _download(Path(folder))  # there first, so that no half of it is ever trusted
                 os.replace(Path(folder) / PYTHON_FOLDER, data_dir / PYTHON_FOLDER)
@@ -173,6 +174,15 @@ def _load_official(data_dir: Path, part: str) -> Split:
     except OSError as error:
         raise UserError(f"cannot use the data folder {data_dir}: {error.strerror or error}; "
                         "name a folder that can be read and written with --data-dir or $CIFAR100_DIR") from error
+
+
+def _is_there(path: Path) -> bool:
+    """Like `Path.exists`, which in newer Pythons takes a folder that may not be read for an empty one."""
+    try:
+        path.stat()
+    except FileNotFoundError:
+        return False
+    return True
 
 
 def _read_binary(path: Path, pictures: int) -> tuple[Tensor, Tensor, Tensor]:
@@ -226,7 +236,7 @@ def _download(folder: Path) -> None:
     except (OSError, RuntimeError, EOFError, tarfile.TarError, http.client.HTTPException) as error:
         reason = getattr(error, "reason", None) or getattr(error, "strerror", None) or error
         raise UserError(f"cannot download CIFAR-100 into {folder.parent} ({reason}): connect to a network, or put the "
-                        "data set there as data/README.md says, or try --synthetic") from error
+                        "data set there as data/README.md says, or train with --synthetic") from error
 
 
 @contextmanager
@@ -348,4 +358,5 @@ if __name__ == "__main__":  # fetch the data set, or check what is there
     try:
         _main()
     except UserError as problem:
-        sys.exit(f"error: {problem}")
+        print(f"error: {problem}", file=sys.stderr)
+        sys.exit(2)

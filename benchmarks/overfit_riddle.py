@@ -12,16 +12,14 @@ import sys
 from pathlib import Path
 
 import numpy as np
-import torch
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))  # the project's modules are one folder up
 
-from engine import fit_and_place
 from hardware import prepare_device
-from overfit import READINGS, memorise
+from overfit import READINGS, run_reading
 from settings import Parser, exit_status, show
 from train_mlp import SCRIPT
-from utils import Augmentation, Split, batches, default_data_dir, derived_seed, load_cifar100
+from utils import Split, default_data_dir, load_cifar100
 
 WIDTHS = ((512, 256, 128), (1024, 512, 256), (128, 64, 32))
 RATES = (("adam", 1e-4), ("adam", 1e-3), ("adam", 1e-2), ("sgd", 1e-4), ("sgd", 1e-2))
@@ -39,11 +37,7 @@ def row(reading_name: str, widths: tuple[int, ...], optimizer: str, rate: float,
     """One setting under one reading, as a row of the table."""
     overfit = {**SCRIPT.overfit, "widths": widths, "optimizer": optimizer, "lr": rate}
     settings = prepare_device(SCRIPT.recipe_settings("mlp", **overfit))
-    images, labels = next(batches(split, settings.batch_size, Augmentation(), seed=settings.seed, epoch=0))
-    torch.manual_seed(derived_seed("init", settings.seed))
-    reading = READINGS[reading_name]
-    model = fit_and_place(SCRIPT.build_model(settings, reading.num_outputs), split, settings)
-    outcome = memorise(model, images, labels, reading, settings, quiet=True)
+    outcome = run_reading(SCRIPT, settings, READINGS[reading_name], split, quiet=True)
     curve = np.array(outcome.curve)
     begins = [step for step in spikes(curve) if step >= len(curve) // 2] if np.isfinite(curve).all() else []
     spacing = f"{np.diff(begins).mean():.0f}" if len(begins) > 1 else "–"

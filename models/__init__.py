@@ -4,6 +4,7 @@ A model takes float32 [N, 3, H, W] in [0, 1] and returns logits [N, 100]; normal
 nothing of data sets or of training. `fit_inputs(images)` fits what depends on the inputs' distribution alone.
 """
 
+import inspect
 import json
 from collections.abc import Callable
 from pathlib import Path
@@ -35,10 +36,12 @@ def create_model(name: str, **kwargs: Any) -> nn.Module:
     if name not in _MODELS:
         raise WeightsError(f"there is no model {name!r}; there are: {', '.join(list_models())}")
     try:
-        model = _MODELS[name](**kwargs)
+        arguments = inspect.signature(_MODELS[name]).bind(**kwargs)
+        arguments.apply_defaults()  # a weights file must not depend on what the defaults are later
+        model = _MODELS[name](**arguments.arguments)
     except TypeError as error:
         raise WeightsError(f"the model {name} cannot be made with {kwargs}: {error}") from error
-    model.model_name, model.model_args = name, kwargs
+    model.model_name, model.model_args = name, dict(arguments.arguments)
     return model
 
 

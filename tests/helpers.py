@@ -9,7 +9,6 @@ from typing import Any
 
 import pytest
 import torch
-from safetensors.torch import load_file
 
 import train_mlp
 from data import synthetic
@@ -55,9 +54,20 @@ def error_line(capsys: pytest.CaptureFixture[str]) -> str:
 
 
 def same_weights(a: Path, b: Path) -> bool:
-    """Whether two runs ended with the same model, bit for bit."""
-    one, other = load_file(a / "model.safetensors"), load_file(b / "model.safetensors")
-    return one.keys() == other.keys() and all(torch.equal(one[name], other[name]) for name in one)
+    """Whether two runs ended in the same float32 weights and the same optimizer states, bit for bit, and files."""
+    ends = [torch.load(run / "checkpoint.pt", weights_only=True) for run in (a, b)]
+    one, other = (leaves({"model": end["model"], "optimizers": end["optimizers"]}) for end in ends)
+    equal = [torch.equal(x, y) if isinstance(x, torch.Tensor) else x == y for x, y in zip(one, other, strict=True)]
+    return all(equal) and (a / "model.safetensors").read_bytes() == (b / "model.safetensors").read_bytes()
+
+
+def leaves(tree: Any) -> list[Any]:
+    """What a nest of dictionaries and lists holds, keys included, in order."""
+    if isinstance(tree, dict):
+        return [leaf for key, value in tree.items() for leaf in (key, *leaves(value))]
+    if isinstance(tree, (list, tuple)):
+        return [leaf for value in tree for leaf in leaves(value)]
+    return [tree]
 
 
 def metrics(run: Path, *, without: tuple[str, ...] = ("seconds",)) -> list[dict[str, str]]:

@@ -46,6 +46,8 @@ from utils import compute_logits, load_cifar100
 
 MUON = ("--optimizer", "muon", "--lr", "0.02", "--dropout", "0.2")
 ADAMW = ("--optimizer", "adamw", "--dropout", "0.2")
+MUON_AS_PUBLISHED = ("--optimizer", "muon", "--lr", "0.02", "--mixup", "0.8", "--crop", "4", "--side", "16",
+                     "--precision", "bfloat16", "--threads", "2")
 SGD_MIXUP = ("--optimizer", "sgd", "--lr", "0.05", "--mixup", "0.2", "--cutout", "8")
 
 
@@ -187,6 +189,24 @@ def test_choose_precision_measures_and_leaves_the_model_alone() -> None:
     assert choose_precision(model, split, MLPSettings(device="cpu", precision="bfloat16")).precision == "bfloat16"
 
 
+def test_mixup_mixes_pictures_and_labels_alike() -> None:
+    """Pictures that show their label's number: the mixed picture must show the mean of the mixed labels."""
+    labels = torch.arange(50)
+    images = labels.float().view(-1, 1, 1, 1).expand(-1, 3, 4, 4)
+    torch.manual_seed(0)
+    mixed, shares = engine.make_mixup(0.8, num_classes=100)(images, labels)
+    assert shares.shape == (50, 100)
+    torch.testing.assert_close(shares.sum(1), torch.ones(50))
+    torch.testing.assert_close(mixed[:, 0, 0, 0], shares @ torch.arange(100.0))
+    assert (shares.max(1).values < 1).all()
+
+
+def test_no_mixup_changes_nothing() -> None:
+    images, labels = torch.rand(4, 3, 8, 8), torch.arange(4)
+    same_images, same_labels = engine.make_mixup(0.0, num_classes=100)(images, labels)
+    assert same_images is images and same_labels is labels
+
+
 # ---------------------------------------------------------------------------------------------------------------------
 # A training and its files
 # ---------------------------------------------------------------------------------------------------------------------
@@ -247,10 +267,12 @@ def test_config_says_how_the_run_was_made(finished: Path) -> None:
 def test_result_sums_the_run_up(finished: Path) -> None:
     result = read_json(finished / "mlp-s0" / "result.json")
     assert result.keys() >= {"train_loss", "train_acc", "val_loss", "val_acc", "epochs", "train_seconds",
-                             "images_per_second", "train_flops", "parameters", "peak_memory_bytes", "resumed_at",
+                             "images_per_second", "train_flops", "parameters", "peak_memory_bytes", "resumed",
                              "machine"}
     assert float(metrics(finished / "mlp-s0")[-1]["val_acc"]) == pytest.approx(result["val_acc"])
-    assert result["resumed_at"] is None
+    assert result["resumed"] is False
+    assert set(result["machine"]) == {"processor", "threads", "conv3x3_float32_gflops", "conv3x3_bfloat16_gflops"}
+    assert all(result["machine"].values())
     model = load_model(finished / "mlp-s0" / "model.safetensors")
     assert result["parameters"] == sum(parameter.numel() for parameter in model.parameters())
     matrix_weights = sum(parameter.numel() for parameter in model.parameters() if parameter.ndim == 2)
@@ -408,6 +430,7 @@ def uninterrupted(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Callable
     (MUON, (4,)),
     (MUON, (STEPS_PER_EPOCH + 3,)),
     (SGD_MIXUP, (STEPS_PER_EPOCH + 3,)),
+    (MUON_AS_PUBLISHED, (STEPS_PER_EPOCH + 3,)),
 ])
 def test_an_interrupted_and_resumed_run_equals_the_uninterrupted_one(
     flags: tuple[str, ...], stops: tuple[int, ...], tmp_path: Path, monkeypatch: pytest.MonkeyPatch,
@@ -425,9 +448,21 @@ def test_an_interrupted_and_resumed_run_equals_the_uninterrupted_one(
     assert go_on() == 0
     assert same_weights(tmp_path / "mlp-s0", uninterrupted(flags))
     assert metrics(tmp_path / "mlp-s0") == metrics(uninterrupted(flags))
-    done = sum(stops)
-    assert read_json(tmp_path / "mlp-s0" / "result.json")["resumed_at"] in (
-        [done // STEPS_PER_EPOCH, done % STEPS_PER_EPOCH], [done // STEPS_PER_EPOCH - 1, STEPS_PER_EPOCH])
+    assert read_json(tmp_path / "mlp-s0" / "result.json")["resumed"] is True
+
+
+def test_a_signal_after_the_last_step_ends_the_run_whole_and_starts_no_other(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def end_epoch_and_stop(*arguments: Any) -> None:
+        end_epoch(*arguments)
+        os.kill(os.getpid(), signal.SIGINT)
+
+    end_epoch = engine._end_epoch
+    monkeypatch.setattr(engine, "_end_epoch", end_epoch_and_stop)
+    assert train_tiny(tmp_path, "--epochs", "1", "--seeds", "0,1") == 130
+    assert run_names(tmp_path) == ["mlp-s0"]
+    assert (tmp_path / "mlp-s0" / "result.json").exists()
 
 
 @pytest.mark.parametrize("minutes", ["0", "60"])  # a checkpoint after every step, and none before the crash

@@ -8,6 +8,7 @@ import shutil
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -180,6 +181,17 @@ def test_misuse_is_one_error_line(flags: tuple[str, ...], own: Path, capsys: pyt
 # ---------------------------------------------------------------------------------------------------------------------
 
 
+def edit_config(run: Path, **changes: Any) -> None:
+    """Make what config.json says beside the settings something else."""
+    config = read_json(run / "config.json")
+    (run / "config.json").write_text(json.dumps({**config, **changes}))
+
+
+def claim_to_be_the_recipe(run: Path) -> None:
+    edit_settings(run, synthetic=False)
+    edit_config(run, command="python train_mlp.py --train-on-all --seed 0", git_changes=False)
+
+
 @dataclass(frozen=True)
 class Place:
     """A stand-in for the repository: its README and its results folder."""
@@ -202,7 +214,7 @@ def place(trained: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Pla
     place.readme.write_text(README)
     for source, name in (("mlp-s0", "mlp-s0"), ("mlp-s1", "another-name")):
         shutil.copytree(trained / source, place.results / name)
-        edit_settings(place.results / name, synthetic=False)
+        claim_to_be_the_recipe(place.results / name)
     monkeypatch.setattr(evaluate, "load_test_set",
                         lambda data_dir, *, use_synthetic=False: load_test_set(data_dir, use_synthetic=True))
     monkeypatch.setattr(evaluate, "ROOT", tmp_path)
@@ -213,7 +225,7 @@ def place(trained: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Pla
 @pytest.fixture
 def published(place: Place, capsys: pytest.CaptureFixture[str]) -> Place:
     """`place` with both runs published, and README.md and results.json written."""
-    assert place.main("--publish", "mlp-s0", "--publish", "another-name") == 0
+    assert place.main("--publish", "mlp-s0", "another-name") == 0
     capsys.readouterr()
     return place
 
@@ -237,8 +249,8 @@ def test_results_have_mean_and_spread_over_the_seeds(published: Place) -> None:
     assert row["recipe"] == "mlp"
     assert row["seeds"] == [0, 1]
     test = evaluate.TestPictures("", synthetic=True)
-    each = [evaluate.measure(evaluate.FinishedRun(published.published / name).logits(test), test.fine_labels,
-                             test.coarse_labels) for name in ("mlp-s0", "mlp-s1")]
+    each = [evaluate.measure(evaluate.FinishedRun(published.published / name, published=True).logits(test),
+                             test.fine_labels, test.coarse_labels) for name in ("mlp-s0", "mlp-s1")]
     for name in ("top1", "top5", "superclass", "cross_entropy"):
         values = [numbers[name] for numbers in each]
         assert row[name]["each"] == pytest.approx(values, abs=1e-4)
@@ -273,15 +285,21 @@ def test_a_published_run_is_not_replaced(published: Place, capsys: pytest.Captur
     assert "published already" in error_line(capsys)
 
 
-def test_seeds_trained_with_different_settings_are_not_averaged(
+def test_seeds_trained_in_different_precisions_are_not_averaged(
     place: Place, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    config = read_json(place.results / "another-name" / "config.json")
-    config["command"] = config["command"].replace("--lr 0.01", "--lr 0.02")
-    (place.results / "another-name" / "config.json").write_text(json.dumps(config))
-    assert place.main("--publish", "mlp-s0", "--publish", "another-name") == 2
-    assert "--lr 0.02" in error_line(capsys)
+    edit_settings(place.results / "another-name", precision="bfloat16")
+    assert place.main("--publish", "mlp-s0", "another-name") == 2
+    assert "bfloat16" in error_line(capsys)
     assert place.readme.read_text() == README
+
+
+def test_another_recipes_weights_do_not_count_as_a_siblings(place: Place) -> None:
+    other = place.published / "mlp-strong-s0"
+    other.mkdir(parents=True)
+    (other / "model.safetensors").write_bytes(b"weights")
+    assert place.main("--publish", "mlp-s0") == 0
+    assert "model.safetensors" in run_names(place.published / "mlp-s0")
 
 
 def unfinish(run: Path) -> None:
@@ -290,9 +308,12 @@ def unfinish(run: Path) -> None:
 
 @pytest.mark.parametrize(("spoil", "reason"), [
     (lambda run: edit_settings(run, synthetic=True), "synthetic"),
-    (unfinish, "not finished"),
+    (unfinish, "no finished run"),
     (lambda run: edit_settings(run, train_on_all=False), "--train-on-all"),
-    (shutil.rmtree, "no run"),
+    (shutil.rmtree, "no finished run"),
+    (lambda run: edit_config(run, git_changes=True), "uncommitted"),
+    (lambda run: edit_config(run, command="python train_mlp.py --train-on-all --lr 0.02 --seed 0"), "--lr 0.02"),
+    (lambda run: (run / "config.json").write_text("{}"), "config.json"),
 ])
 def test_what_must_not_be_published_is_refused(
     spoil: Callable[[Path], None], reason: str, place: Place, capsys: pytest.CaptureFixture[str]
@@ -308,13 +329,17 @@ def test_a_synthetic_overfit_check_is_not_published_and_a_real_one_is(
 ) -> None:
     check = place.results / "overfit_batch" / "mlp"
     check.mkdir(parents=True)
-    (check / "overfit.png").write_bytes(b"picture")
-    (check / "overfit.json").write_text('{"synthetic": true}')
-    assert place.main("--publish", "overfit_batch/mlp") == 2
-    assert "synthetic" in error_line(capsys)
-    (check / "overfit.json").write_text('{"synthetic": false}')
-    assert place.main("--publish", "overfit_batch/mlp") == 0
-    assert (place.published / "overfit_batch" / "mlp" / "overfit.png").read_bytes() == b"picture"
+    for file in ("overfit.png", "curves.csv"):
+        (check / file).write_bytes(b"content")
+    for synthetic, passed, status, reason in ((True, True, 2, "synthetic"), (False, False, 2, "passed"),
+                                              (False, True, 0, "")):
+        readings = {"cross-entropy": {"passed": passed}, "mse-onehot": {"passed": passed}}
+        content = {"settings": {"synthetic": synthetic}, "readings": readings}
+        (check / "overfit.json").write_text(json.dumps(content))
+        assert place.main("--publish", "overfit_batch/mlp") == status
+        if reason:
+            assert reason in error_line(capsys)
+    assert (place.published / "overfit_batch" / "mlp" / "overfit.png").read_bytes() == b"content"
 
 
 def test_publishing_that_fails_half_way_publishes_nothing(
@@ -416,7 +441,7 @@ def test_what_was_tampered_with_fails_the_check_with_a_line_each(
     tamper: Callable[[Place], None], named: list[str], published: Place, capsys: pytest.CaptureFixture[str]
 ) -> None:
     tamper(published)
-    assert published.main("--check") != 0
+    assert published.main("--check") == 1
     captured = capsys.readouterr()
     lines = (captured.out + captured.err).splitlines()
     assert len(lines) >= len(named)

@@ -37,6 +37,13 @@ def trained_model(pictures: Tensor) -> nn.Module:
     return model.eval()
 
 
+def test_side_averages_the_picture_down() -> None:
+    """A picture and its 2x2 block means, blown up again, are the same to a network that looks at 16x16 pixels."""
+    model, images = create_model("mlp", widths=(8,), side=16).eval(), torch.rand(5, 3, 32, 32)
+    coarse = images.unflatten(2, (16, 2)).unflatten(4, (16, 2)).mean((3, 5))
+    torch.testing.assert_close(model(images), model(coarse.repeat_interleave(2, 2).repeat_interleave(2, 3)))
+
+
 def test_every_listed_model_can_be_made_and_gives_logits_for_100_classes(pictures: Tensor) -> None:
     assert "mlp" in list_models()
     for name in list_models():
@@ -121,7 +128,9 @@ def test_a_weights_file_says_what_model_it_holds(trained_model: nn.Module, tmp_p
     with safe_open(tmp_path / "model.safetensors", "pt") as file:
         metadata = file.metadata()
     assert metadata["model"] == "mlp"
-    assert json.loads(metadata["model_args"]) == {**TINY_MLP, "widths": [8, 6]}
+    arguments = json.loads(metadata["model_args"])
+    assert arguments == {**arguments, **TINY_MLP, "widths": [8, 6]}
+    assert arguments["negative_slope"] == 0.01  # the defaults too: they may change, the file must not
     tensors = load_file(tmp_path / "model.safetensors").values()
     assert {tensor.dtype for tensor in tensors if tensor.is_floating_point()} == {torch.float16}
 

@@ -54,7 +54,7 @@ def test_the_check_memorises_its_batch_and_leaves_figure_curves_and_numbers(pass
     assert {path.name for path in passed.iterdir()} == {"overfit.png", "overfit.json", "curves.csv"}
     assert (passed / "overfit.png").read_bytes().startswith(b"\x89PNG")
     numbers = read_json(passed / "overfit.json")
-    assert numbers["synthetic"] is True
+    assert numbers["settings"]["synthetic"] is True
     assert numbers["settings"]["widths"] == [64, 32]
     assert numbers["readings"].keys() == READINGS.keys()
     cross_entropy = numbers["readings"]["cross-entropy"]
