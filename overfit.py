@@ -131,7 +131,7 @@ def memorise(
 
 def overfit_table(outcomes: dict[str, Outcome]) -> str:
     """The outcomes as a Markdown table."""
-    lines = ["| loss | first | last | lowest | memorised | |", "|---|---:|---:|---:|---:|---|"]
+    lines = ["| loss | first | last | lowest | pictures memorised | verdict |", "|---|---:|---:|---:|---:|---|"]
     for name, outcome in outcomes.items():
         losses = " | ".join(f"{outcome.losses[key]:.4g}" for key in ("first", "last", "lowest"))
         lines.append(f"| {READINGS[name].title} | {losses} | {outcome.memorised} of {outcome.batch_size} "
