@@ -216,19 +216,18 @@ def publish_overfit(name: str, results_dir: Path) -> Path:
         raise UserError(f"{source} was made with synthetic pictures: it cannot be published")
     if len(content["readings"]) < 2 or not content["readings"]["cross-entropy"]["passed"]:
         raise UserError(f"{source} is not the whole check, passed: run it again with --overfit-batch alone")
-    target = results_dir / PUBLISHED / name
-    shutil.rmtree(target, ignore_errors=True)
-    return _copy(source, ["overfit.json", "overfit.png", "curves.csv"], target)
+    return _copy(source, ["overfit.json", "overfit.png", "curves.csv"], results_dir / PUBLISHED / name)
 
 
 def _copy(source: Path, files: list[str], target: Path) -> Path:
-    """Make the folder `target`, whole or not at all, of some files of `source`."""
+    """Make the folder `target`, in place of an older one, of some files of `source`: whole or not at all."""
     partial = target.with_name(f".{target.name}.partial")
     shutil.rmtree(partial, ignore_errors=True)
     try:
         partial.mkdir(parents=True)
         for file in files:
             shutil.copyfile(source / file, partial / file)
+        shutil.rmtree(target, ignore_errors=True)
         partial.rename(target)
     finally:
         shutil.rmtree(partial, ignore_errors=True)
@@ -298,8 +297,11 @@ def _readme_row(row: dict[str, Any]) -> str:
             f"| {' or '.join(machines)}, {row['precision']} | `{row['command']}` |")
 
 
-def run_table(runs: Iterable[FinishedRun], test_set: Callable[[bool], TestPictures]) -> str:
-    """One line a run, for the screen; `test_set(synthetic)` gives the pictures to measure it on."""
+def run_table(runs: Iterable[FinishedRun], test_set: Callable[[bool], TestPictures], *, strict: bool) -> str:
+    """One line a run, for the screen; `test_set(synthetic)` gives the pictures to measure it on.
+
+    An own run that cannot be measured has a line that says why; if `strict`, or if it is published, UserError comes.
+    """
     lines = [f"{'run':<28} {'top-1 (95% interval)':>22} {'top-5':>7} {'superclass':>10} {'cross-entropy':>13} "
              f"{'parameters':>11} {'training':>10}  trained on"]
     for run in runs:
@@ -307,7 +309,7 @@ def run_table(runs: Iterable[FinishedRun], test_set: Callable[[bool], TestPictur
         try:
             lines.append(f"{name:<28} {_run_line(run, test_set(run.synthetic))}")
         except (UserError, WeightsError) as problem:
-            if run.published:
+            if strict or run.published:
                 raise
             lines.append(f"{name:<28} left out: {problem}")
     return "\n".join(lines)
@@ -393,7 +395,7 @@ def main(argv: list[str] | None = None) -> int:
         print(f"published: {target}")
 
     runs = _chosen(find_runs(results_dir), options.runs, results_dir)
-    print(run_table(runs, test_set))
+    print(run_table(runs, test_set, strict=bool(options.runs)))
     published = [run for run in runs if run.published]
     if published and not options.runs and results_dir == RESULTS_DIR:
         rows = summarise(published, test_set(False))

@@ -155,8 +155,10 @@ def test_damaged_predictions_are_refused(own: Path, capsys: pytest.CaptureFixtur
     assert evaluate_main(own) == 0
     path = own / "mlp-s0" / "predictions.npz"
     path.write_bytes(path.read_bytes()[:1000])
-    assert evaluate_main(own) == 2
+    assert evaluate_main(own, "mlp-s0") == 2
     assert "predictions.npz" in error_line(capsys)
+    assert evaluate_main(own) == 0  # one bad run does not keep the others from being measured
+    assert "predictions.npz" in capsys.readouterr().out
 
 
 def test_a_missing_run_is_named_with_those_there_are(own: Path, capsys: pytest.CaptureFixture[str]) -> None:
