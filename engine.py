@@ -251,7 +251,7 @@ def _train_and_tell(model: nn.Module, train_split: Split, val_split: Split | Non
         return stop.status
     accuracy = "trained on all pictures, so there is no validation accuracy" if result["val_acc"] is None \
         else f"validation accuracy {result['val_acc']:.2f}%"
-    print(f"{run.name}: {accuracy}; {result['train_seconds']:.0f} s of training, {result['train_flops']:.2g} FLOPs, "
+    print(f"{run.name}: {accuracy}; {result['train_seconds']:.0f} s of training, {result['train_flops']:.1e} FLOPs, "
           f"{result['images_per_second']:,.0f} images/s\n{measure}", flush=True)
     return 0
 

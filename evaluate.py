@@ -290,11 +290,13 @@ def _readme_row(row: dict[str, Any]) -> str:
         top1 = f"**{row['top1']['mean']:.2f}** ± {row['top1']['std']:.2f} ({len(row['seeds'])} seeds)"
     seconds = float(np.mean(row["train_seconds"]))
     time = f"{seconds / 60:.1f} min" if seconds >= 60 else f"{seconds:.1f} s"
+    flops = f"{row['train_flops']:.1e}".replace("e+", "e")
+    speed = float(np.mean([machine[f"conv3x3_{row['precision']}_gflops"] for machine in row["machines"]])) / 1000
     machines = sorted({machine["processor"] + (f", {machine['threads']} threads" if row["device"] == "cpu" else "")
                        for machine in row["machines"]})
     return (f"| {row['recipe']} | {row['parameters'] / 1e6:.2f} M | {top1} | {row['top5']['mean']:.2f} "
-            f"| {row['superclass']['mean']:.2f} | {time}, {row['train_flops']:.2g} FLOPs "
-            f"| {' or '.join(machines)}, {row['precision']} | `{row['command']}` |")
+            f"| {row['superclass']['mean']:.2f} | {time}, {flops} FLOPs "
+            f"| {' or '.join(machines)}, {row['precision']} at {speed:.2g} TFLOP/s | `{row['command']}` |")
 
 
 def run_table(runs: Iterable[FinishedRun], test_set: Callable[[bool], TestPictures], *, strict: bool) -> str:
