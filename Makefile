@@ -7,11 +7,11 @@ BIN := .venv/bin
 
 # Only here is the synthetic set a fallback, and it says so; the scripts never replace the data set by themselves.
 run: .venv/ready
-	@data=; $(BIN)/python utils.py || { [ $$? -eq 2 ] || exit 1; data="--synthetic"; \
+	@data=; batch=; $(BIN)/python utils.py || { [ $$? -eq 2 ] || exit 1; data=--synthetic; batch="--batch-size 500"; \
 	    echo "CIFAR-100 is not to be had here, so what follows runs on SYNTHETIC pictures: it shows that everything"; \
 	    echo "works, but its numbers say nothing about CIFAR-100. data/README.md says where to put the data set."; }; \
 	$(BIN)/python train_mlp.py --overfit-batch $$data && \
-	$(BIN)/python train_mlp.py --epochs 5 --batch-size 500 --name quickstart-$$(date +%Y%m%d-%H%M%S) $$data && \
+	$(BIN)/python train_mlp.py --epochs 5 --name quickstart-$$(date +%Y%m%d-%H%M%S) $$data $$batch && \
 	echo "(first, in this shell: . .venv/bin/activate)"
 
 test: .venv/ready

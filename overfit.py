@@ -118,7 +118,8 @@ def memorise(
     optimizers = make_optimizers(model, settings)
     model.train()
     curve = []
-    for step in tqdm(range(settings.epochs), desc=reading.title, unit="step", leave=False, disable=quiet):
+    for step in tqdm(range(settings.epochs), desc=reading.title, unit="step", leave=False,
+                     disable=True if quiet else None):
         set_rates(optimizers, settings, step / settings.epochs)
         loss = reading.loss(model(images), labels)
         descend(loss, optimizers)
