@@ -197,10 +197,11 @@ class _Training:
     def require_finite(self, tensors: Iterable[Tensor], what: str) -> None:
         if all(bool(torch.isfinite(tensor).all()) for tensor in tensors):
             return
+        epoch = min(self.state.epoch + 1, self.run.settings.epochs)
         has_one = self.run.checkpoint_path.exists()
         kept = "the checkpoint before that is kept" if has_one else "there was no checkpoint yet"
-        raise UserError(f"the {what} of {self.run.name} stopped being finite by epoch {self.state.epoch + 1}, step "
-                        f"{self.state.step}; {kept}; try a smaller --lr or --precision float32")
+        raise UserError(f"the {what} of {self.run.name} stopped being finite by epoch {epoch}, step {self.state.step}; "
+                        f"{kept}; try a smaller --lr or --precision float32")
 
 
 def fit_and_place(model: nn.Module, split: Split, settings: Settings) -> nn.Module:
@@ -246,6 +247,9 @@ def _train_and_tell(model: nn.Module, train_split: Split, val_split: Split | Non
     try:
         result = train(model, train_split, val_split, run, quiet=command.quiet)
     except Interrupted as stop:
+        if run.finished:
+            print(f"\n{stop}: {run.name} is finished, and nothing after it was started; {measure}", flush=True)
+            return stop.status
         again = command.next_command(f"python {command.script.file} --resume {run.name}")
         print(f"\n{stop}: the state is saved; go on with: {again}", flush=True)
         return stop.status

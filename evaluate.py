@@ -31,6 +31,7 @@ from utils import UserError, compute_logits, default_data_dir, load_test_set, pi
 
 RECORDED = ("config.json", "metrics.csv", "loss.png", "result.json")
 MAX_WEIGHTS_BYTES = 25_000_000
+MAY_DIFFER = ("seed", "threads", "data_dir", "checkpoint_every")  # among the runs of a recipe
 CHECKED_PICTURES = 1000
 CHECK_TOLERANCE = 0.03  # of a logit: float16 rounds logits of this size by up to 0.008, processors differ by far less
 TABLE_START = "<!-- results: written by `python evaluate.py`, checked by `python evaluate.py --check` -->"
@@ -126,6 +127,10 @@ class FinishedRun:
         return self.config["settings"]["synthetic"]
 
     @property
+    def recipe(self) -> str:
+        return self.config["settings"]["recipe"]
+
+    @property
     def recipe_command(self) -> str:
         """The command that made it, without the seed."""
         return re.sub(r" --seed \d+$", "", self.config["command"])
@@ -183,39 +188,49 @@ def publish(name: str, results_dir: Path, test: TestPictures) -> Path:
     run = FinishedRun(results_dir / name)
     if not (run.folder / "result.json").exists():
         raise UserError(f"{run.folder} is no finished run; if there is such a run, go on with --resume {name} first")
-    settings = run.config["settings"]
-    recipe = settings["recipe"]
+    settings, recipe = run.config["settings"], run.recipe
     if run.synthetic:
         raise UserError(f"{run.folder} was trained on synthetic pictures: it cannot be published")
     if not settings["train_on_all"]:
         raise UserError(f"{run.folder} was not trained on all pictures: train it again with --train-on-all")
     if not re.fullmatch(r"python train_\w+\.py( --recipe \S+)? --train-on-all", run.recipe_command):
         raise UserError(f"{run.folder} is not the recipe {recipe} but `{run.recipe_command}`: it cannot be published")
-    if run.config["git_changes"]:
-        raise UserError(f"{run.folder} was trained with uncommitted changes: commit them and train it again")
+    if run.config["git_changes"] is not False:
+        raise UserError(f"{run.folder} was not trained from a clean commit: commit every change and train it again")
     target = results_dir / PUBLISHED / f"{recipe}-s{settings['seed']}"
     if target.exists():
         raise UserError(f"{target} is published already: remove it first if it is to be replaced")
+    siblings = [other for other in find_runs(results_dir) if other.published and other.recipe == recipe]
+    _require_alike([*siblings, run])
     run.logits(test)
-    sibling_has_weights = any(re.fullmatch(rf"{re.escape(recipe)}-s\d+", path.parent.name)
-                              for path in target.parent.glob("*/model.safetensors"))
     files = [*RECORDED, "predictions.npz"]
-    if not sibling_has_weights and run.weights.stat().st_size <= MAX_WEIGHTS_BYTES:
+    if not any(sibling.weights.exists() for sibling in siblings) and run.weights.stat().st_size <= MAX_WEIGHTS_BYTES:
         files.append("model.safetensors")
     return _copy(run.folder, files, target)
+
+
+def _require_alike(runs: list[FinishedRun]) -> None:
+    """Raise UserError unless these runs of one recipe differ in nothing but their seeds."""
+    first, *others = [run.config["settings"] for run in runs]
+    for run, settings in zip(runs[1:], others, strict=True):
+        differing = {name: (first.get(name), settings.get(name)) for name in first.keys() | settings.keys()
+                     if name not in MAY_DIFFER and first.get(name) != settings.get(name)}
+        if differing:
+            words = "; ".join(f"{name}: {one} and {other}" for name, (one, other) in sorted(differing.items()))
+            raise UserError(f"{run.folder} cannot stand beside {runs[0].folder}, their settings differ ({words})")
 
 
 def publish_overfit(name: str, results_dir: Path) -> Path:
     """Copy an overfit check, say overfit_batch/mlp, to where published ones are, in place of an older one.
 
-    Raises UserError if it was made with synthetic pictures, or did not pass, or left readings out.
+    Raises UserError if it was made with other flags than --overfit-batch, did not pass, or had uncommitted changes.
     """
     source = results_dir / name
     content = read_json(source / "overfit.json")
-    if content["settings"]["synthetic"]:
-        raise UserError(f"{source} was made with synthetic pictures: it cannot be published")
-    if len(content["readings"]) < 2 or not content["readings"]["cross-entropy"]["passed"]:
-        raise UserError(f"{source} is not the whole check, passed: run it again with --overfit-batch alone")
+    if content.get("given") != {} or not content["readings"]["cross-entropy"]["passed"]:
+        raise UserError(f"{source} is not the plain check, passed: run it again with --overfit-batch alone")
+    if content["git_changes"] is not False:
+        raise UserError(f"{source} was not made from a clean commit: commit every change and make it again")
     return _copy(source, ["overfit.json", "overfit.png", "curves.csv"], results_dir / PUBLISHED / name)
 
 
@@ -243,7 +258,7 @@ def summarise(runs: list[FinishedRun], test: TestPictures) -> list[dict[str, Any
     """One row a recipe, over its seeds: what `results.json` holds and the README's table is made from."""
     recipes: dict[str, list[FinishedRun]] = {}
     for run in runs:
-        recipes.setdefault(run.config["settings"]["recipe"], []).append(run)
+        recipes.setdefault(run.recipe, []).append(run)
     rows = [_summary(recipe, seeds, test) for recipe, seeds in recipes.items()]
     return sorted(rows, key=lambda row: row["top1"]["mean"])
 
@@ -251,10 +266,7 @@ def summarise(runs: list[FinishedRun], test: TestPictures) -> list[dict[str, Any
 def _summary(recipe: str, runs: list[FinishedRun], test: TestPictures) -> dict[str, Any]:
     runs = sorted(runs, key=lambda run: run.config["settings"]["seed"])
     seeds = [run.config["settings"]["seed"] for run in runs]
-    made_by = {f"{run.recipe_command} ({run.config['settings']['precision']} on {run.config['settings']['device']})"
-               for run in runs}
-    if len(made_by) > 1:
-        raise UserError(f"the published runs of {recipe} were not made alike: {'; '.join(sorted(made_by))}")
+    _require_alike(runs)
     measured = [measure(run.logits(test), test.fine_labels, test.coarse_labels) for run in runs]
     several = f"--seeds {','.join(map(str, seeds))}" if len(seeds) > 1 else f"--seed {seeds[0]}"
     row: dict[str, Any] = {"recipe": recipe, "seeds": seeds, "parameters": runs[0].result["parameters"]}

@@ -108,7 +108,7 @@ def _processor_name(device: str) -> str:
         said = subprocess.run(asked, capture_output=True, text=True, timeout=10, env=environment).stdout
     except (OSError, subprocess.TimeoutExpired):
         said = ""
-    lines = [line.removeprefix("Model name:").strip() for line in said.splitlines()
+    lines = [line.removeprefix("Model name:").strip() for line in map(str.strip, said.splitlines())
              if sys.platform == "darwin" or line.startswith("Model name:")]
     return lines[0] if lines else platform.processor() or platform.machine()
 

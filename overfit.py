@@ -8,7 +8,7 @@ shows here first. Both training scripts share it.
 import csv
 import math
 from collections.abc import Callable, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, fields
 from pathlib import Path
 from typing import Any
 
@@ -94,13 +94,20 @@ def overfit_batch(command: Command) -> int:
     folder.mkdir(parents=True, exist_ok=True)
     write_json(folder / "overfit.json", {
         "readings": {name: outcome.summary() for name, outcome in outcomes.items()},
-        "settings": asdict(settings), **provenance(),
+        "given": _given(command), "settings": asdict(settings), **provenance(),
     })
     _write_curves(outcomes, folder / "curves.csv")
     save_figure(overfit_figure(outcomes, settings), folder / "overfit.png")
     print(overfit_table(outcomes))
     print(f"figure, curves and numbers are in {folder}")
     return 0 if outcomes["cross-entropy"].passed else 1
+
+
+def _given(command: Command) -> dict[str, Any]:
+    """The flags that made this check another one than the plain `--overfit-batch`."""
+    machine = {f.name for f in fields(command.settings) if f.metadata["machine"]}
+    changes = {name: value for name, value in command.given.items() if name not in machine}
+    return changes if command.loss is None else {**changes, "loss": command.loss}
 
 
 def run_reading(script: Script, settings: Settings, reading: Reading, split: Split, *, quiet: bool = False) -> Outcome:

@@ -452,7 +452,7 @@ def test_an_interrupted_and_resumed_run_equals_the_uninterrupted_one(
 
 
 def test_a_signal_after_the_last_step_ends_the_run_whole_and_starts_no_other(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     def end_epoch_and_stop(*arguments: Any) -> None:
         end_epoch(*arguments)
@@ -463,6 +463,7 @@ def test_a_signal_after_the_last_step_ends_the_run_whole_and_starts_no_other(
     assert train_tiny(tmp_path, "--epochs", "1", "--seeds", "0,1") == 130
     assert run_names(tmp_path) == ["mlp-s0"]
     assert (tmp_path / "mlp-s0" / "result.json").exists()
+    assert "finished" in capsys.readouterr().out.splitlines()[-1]
 
 
 @pytest.mark.parametrize("minutes", ["0", "60"])  # a checkpoint after every step, and none before the crash

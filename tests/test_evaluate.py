@@ -287,12 +287,14 @@ def test_a_published_run_is_not_replaced(published: Place, capsys: pytest.Captur
     assert "published already" in error_line(capsys)
 
 
-def test_seeds_trained_in_different_precisions_are_not_averaged(
-    place: Place, capsys: pytest.CaptureFixture[str]
+@pytest.mark.parametrize("changes", [{"precision": "bfloat16"}, {"lr": 0.02}])  # lr: the recipe has changed since
+def test_seeds_trained_with_different_settings_are_not_published_together(
+    changes: dict[str, Any], place: Place, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    edit_settings(place.results / "another-name", precision="bfloat16")
+    edit_settings(place.results / "another-name", **changes)
     assert place.main("--publish", "mlp-s0", "another-name") == 2
-    assert "bfloat16" in error_line(capsys)
+    assert str(*changes.values()) in error_line(capsys)
+    assert run_names(place.published) == ["mlp-s0"]
     assert place.readme.read_text() == README
 
 
@@ -313,7 +315,7 @@ def unfinish(run: Path) -> None:
     (unfinish, "no finished run"),
     (lambda run: edit_settings(run, train_on_all=False), "--train-on-all"),
     (shutil.rmtree, "no finished run"),
-    (lambda run: edit_config(run, git_changes=True), "uncommitted"),
+    (lambda run: edit_config(run, git_changes=True), "clean commit"),
     (lambda run: edit_config(run, command="python train_mlp.py --train-on-all --lr 0.02 --seed 0"), "--lr 0.02"),
     (lambda run: (run / "config.json").write_text("{}"), "config.json"),
 ])
@@ -326,17 +328,18 @@ def test_what_must_not_be_published_is_refused(
     assert run_names(place.published) == []
 
 
-def test_a_synthetic_overfit_check_is_not_published_and_a_real_one_is(
+def test_only_the_plain_overfit_check_is_published(
     place: Place, capsys: pytest.CaptureFixture[str]
 ) -> None:
     check = place.results / "overfit_batch" / "mlp"
     check.mkdir(parents=True)
     for file in ("overfit.png", "curves.csv"):
         (check / file).write_bytes(b"content")
-    for synthetic, passed, status, reason in ((True, True, 2, "synthetic"), (False, False, 2, "passed"),
-                                              (False, True, 0, "")):
-        readings = {"cross-entropy": {"passed": passed}, "mse-onehot": {"passed": passed}}
-        content = {"settings": {"synthetic": synthetic}, "readings": readings}
+    for given, passed, git_changes, status, reason in (
+        ({"synthetic": True}, True, False, 2, "plain"), ({"loss": "mse-index"}, True, False, 2, "plain"),
+        ({}, False, False, 2, "passed"), ({}, True, True, 2, "commit"), ({}, True, False, 0, ""),
+    ):
+        content = {"given": given, "readings": {"cross-entropy": {"passed": passed}}, "git_changes": git_changes}
         (check / "overfit.json").write_text(json.dumps(content))
         assert place.main("--publish", "overfit_batch/mlp") == status
         if reason:
