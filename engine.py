@@ -72,8 +72,8 @@ class Muon(torch.optim.Optimizer):
 def orthogonalise(matrix: Tensor, iterations: int) -> Tensor:
     """[M, N] with all singular values brought near 1 by Newton-Schulz iterations, in the matrix's own dtype.
 
-    The quintic and its coefficients are Jordan's (2024): few iterations bring every singular value that is not tiny
-    to between about 0.7 and 1.2, which is all that the optimizer needs.
+    The quintic and its coefficients are Jordan's (2024). Five iterations bring every singular value that is not tiny to
+    between 0.65 and 1.25; three leave the smallest of a random matrix of the MLP's shapes at about half.
     """
     tall = matrix.shape[0] > matrix.shape[1]
     x = matrix.T if tall else matrix

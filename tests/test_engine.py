@@ -120,6 +120,20 @@ def test_orthogonalise_keeps_the_directions_and_levels_the_strengths(shape: tupl
     assert seen.diag().max() < 1.3
 
 
+@pytest.mark.parametrize("precision", ["float32", "bfloat16"])
+@pytest.mark.parametrize("shape", [(512, 192), (128, 256)])
+def test_muons_own_step_is_nearly_orthogonal(shape: tuple[int, int], precision: str) -> None:
+    """With the iterations that the optimizer takes by default, and a random gradient of an MLP's proportions."""
+    torch.manual_seed(0)
+    weight = nn.Parameter(torch.zeros(shape))
+    weight.grad = torch.randn(shape)
+    engine.Muon([weight], lr=1.0, precision=precision).step()
+    scale = max(1, shape[0] / shape[1]) ** 0.5
+    strengths = torch.linalg.svdvals(weight.detach()) / scale
+    assert strengths.min() > 0.45 and strengths.max() < 1.3
+    assert (weight.grad * weight.detach()).sum() < 0  # downhill
+
+
 @pytest.mark.parametrize("factor", [1e-6, 1e6])
 def test_orthogonalise_does_not_depend_on_the_scale(factor: float) -> None:
     torch.manual_seed(0)
