@@ -4,6 +4,7 @@ It sees training and validation pictures only. Everything random is derived from
 is the weights, the optimizers and how far the run has come: there is no generator to save.
 """
 
+import itertools
 import math
 import signal
 import sys
@@ -15,15 +16,29 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.optim.swa_utils import update_bn
 from torch.utils.flop_counter import FlopCounterMode
 from tqdm import tqdm
 
 from hardware import autocast, choose_precision, machine_facts, peak_memory, prepare_device, wait_for
+from models.layers import set_side
+from optimizers import make_optimizers, set_rates
 from runs import Run
 from settings import Command, Settings
-from utils import Split, UserError, batches, compute_logits, derived_seed, load_cifar100, steps_per_epoch, to_float
+from utils import (
+    Augmentation,
+    Split,
+    UserError,
+    batches,
+    compute_logits,
+    derived_seed,
+    load_cifar100,
+    steps_per_epoch,
+    to_float,
+)
 
 REFRESH_SECONDS = 0.5  # between looks at the running loss, each of which waits for the device
+REFRESH_BATCH = 500  # pictures at once for new batch-norm statistics
 INPUT_SAMPLE = 10_000  # training pictures from which a model fits its normalisation
 
 
@@ -35,99 +50,6 @@ class Interrupted(Exception):
         self.status = 128 + signal_number
 
 
-# ---------------------------------------------------------------------------------------------------------------------
-# Optimizer, schedule, cost
-# ---------------------------------------------------------------------------------------------------------------------
-
-
-class Muon(torch.optim.Optimizer):
-    """Momentum whose step is orthogonalised: for a weight matrix, every direction is followed at the same rate.
-
-    Jordan et al. 2024 (kellerjordan.github.io/posts/muon), Nesterov momentum. Takes parameters of two dimensions or
-    more, [out, in, ...]; filters are read as matrices [out, in * ...]. `torch.optim.Muon` takes only matrices and
-    always computes in bfloat16, which is 10 times slower than float32 on processors without instructions for it.
-    """
-
-    def __init__(self, params: Iterable[Any], lr: float, momentum: float = 0.9, weight_decay: float = 0.0,
-                 iterations: int = 3, precision: str = "float32") -> None:
-        defaults = {"lr": lr, "momentum": momentum, "weight_decay": weight_decay, "iterations": iterations}
-        super().__init__(params, defaults)
-        self.dtype = getattr(torch, precision)
-
-    @torch.no_grad()
-    def step(self) -> None:
-        for group in self.param_groups:
-            for parameter in group["params"]:
-                state = self.state[parameter]
-                if not state:
-                    state["momentum"] = torch.zeros_like(parameter)
-                momentum = state["momentum"].mul_(group["momentum"]).add_(parameter.grad)
-                direction = parameter.grad.add(momentum, alpha=group["momentum"]).flatten(1).to(self.dtype)
-                update = orthogonalise(direction, group["iterations"]).view_as(parameter)
-                scale = max(1, direction.shape[0] / direction.shape[1]) ** 0.5
-                parameter.mul_(1 - group["lr"] * group["weight_decay"])
-                parameter.add_(update.to(parameter.dtype), alpha=-group["lr"] * scale)
-
-
-def orthogonalise(matrix: Tensor, iterations: int) -> Tensor:
-    """[M, N] with all singular values brought near 1 by Newton-Schulz iterations, in the matrix's own dtype.
-
-    The quintic and its coefficients are Jordan's (2024). Five iterations bring every singular value that is not tiny to
-    between 0.65 and 1.25; three leave the smallest of a random matrix of the MLP's shapes at about half.
-    """
-    tall = matrix.shape[0] > matrix.shape[1]
-    x = matrix.T if tall else matrix
-    x = x / (x.norm() + 1e-7)
-    for _ in range(iterations):
-        gram = x @ x.T
-        x = 3.4445 * x + (-4.7750 * gram + 2.0315 * gram @ gram) @ x
-    return x.T if tall else x
-
-
-def make_optimizers(model: nn.Module, settings: Settings) -> list[torch.optim.Optimizer]:
-    """What the settings name, each parameter group with its own `peak_lr`.
-
-    Weight decay acts on matrices and filters, not on shifts and scales. Muon takes the matrices and filters below
-    `model.head`, and AdamW the rest, at `other_lr`.
-    """
-    parameters = [p for p in model.parameters() if p.requires_grad]
-    matrices = [p for p in parameters if p.ndim > 1]
-    groups = [{"params": matrices, "weight_decay": settings.weight_decay},
-              {"params": [p for p in parameters if p.ndim <= 1], "weight_decay": 0.0}]
-    if settings.optimizer == "muon":
-        head = {id(p) for p in model.head.parameters()}
-        hidden = [p for p in matrices if id(p) not in head]
-        groups[0]["params"] = [p for p in matrices if id(p) in head]
-        optimizers = [Muon(hidden, lr=settings.lr, weight_decay=settings.weight_decay, precision=settings.precision),
-                      torch.optim.AdamW(groups, lr=settings.other_lr)]
-    elif settings.optimizer == "sgd":
-        optimizers = [torch.optim.SGD(groups, lr=settings.lr, momentum=0.9, nesterov=True)]
-    else:
-        adam = {"adam": torch.optim.Adam, "adamw": torch.optim.AdamW}[settings.optimizer]
-        optimizers = [adam(groups, lr=settings.lr)]
-    for group in all_groups(optimizers):
-        group["peak_lr"] = group["lr"]
-    return optimizers
-
-
-def all_groups(optimizers: list[torch.optim.Optimizer]) -> list[dict[str, Any]]:
-    return [group for optimizer in optimizers for group in optimizer.param_groups]
-
-
-def set_rates(optimizers: list[torch.optim.Optimizer], settings: Settings, progress: float) -> None:
-    """Every group's learning rate when the share `progress` of all steps is done."""
-    for group in all_groups(optimizers):
-        group["lr"] = group["peak_lr"] * rate_factor(settings.schedule, settings.warmup, progress)
-
-
-def rate_factor(schedule: str, warmup: float, progress: float) -> float:
-    """What the peak learning rate is multiplied by when the share `progress` of all steps is done."""
-    if progress < warmup:
-        return progress / warmup
-    left = (1 - progress) / (1 - warmup) if warmup < 1 else 1.0
-    return {"constant": 1.0, "linear": left, "cosine": 0.5 - 0.5 * math.cos(math.pi * left)}[schedule]
-
-
 def forward_flops(model: nn.Module) -> int:
     """FLOPs of one 32x32 picture's forward pass, a multiply-add counted as two, as PyTorch's own counter has them."""
     was_training = model.training
@@ -136,6 +58,17 @@ def forward_flops(model: nn.Module) -> int:
         model.eval()(picture)
     model.train(was_training)
     return counter.get_total_flops()
+
+
+def epoch_flops(model: nn.Module, pictures: int, settings: Settings) -> list[int]:
+    """Training FLOPs, 3 x forward, of each epoch on `pictures` pictures. The model is left at the last epoch's side."""
+    sides = [settings.side_in(epoch) for epoch in range(settings.epochs)]
+    forward = {}
+    for side in dict.fromkeys(reversed(sides)):
+        set_side(model, side)
+        forward[side] = forward_flops(model)
+    set_side(model, sides[-1])
+    return [3 * forward[side] * pictures for side in sides]
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -162,7 +95,9 @@ class _Training:
 
     run: Run
     model: nn.Module
+    forward: nn.Module  # the model, or the same compiled
     optimizers: list[torch.optim.Optimizer]
+    flops: list[int]  # of each epoch
     state: _State
     saved_at: float  # time.monotonic() of the last checkpoint
 
@@ -272,12 +207,16 @@ def train(
     data = train_split.to(device)
     steps = steps_per_epoch(len(data), settings.batch_size)
     state = _State(loss=torch.zeros((), device=device), correct=torch.zeros((), device=device, dtype=torch.int64))
-    training = _Training(run, model, make_optimizers(model, settings), state, saved_at=time.monotonic())
+    flops = epoch_flops(model, len(data), settings)
+    forward = torch.compile(model) if settings.compile else model
+    training = _Training(run, model, forward, make_optimizers(model, settings), flops, state,
+                         saved_at=time.monotonic())
     with StopRequest() as stop:
         machine = machine_facts(device.type)
         was_resumed = training.restore()
         state = training.state
-        with tqdm(total=steps * settings.epochs, initial=state.epoch * steps + state.step, unit="step",
+        done = sum(flops[:state.epoch]) + (flops[state.epoch] * state.step / steps if state.step else 0)
+        with tqdm(total=sum(flops), initial=done, unit="FLOP", unit_scale=True,  # steps differ in length, FLOPs do not
                   disable=True if quiet else None, mininterval=REFRESH_SECONDS, dynamic_ncols=True) as bar:
             while state.epoch < settings.epochs:
                 _train_epoch(training, data, stop, bar)
@@ -299,6 +238,7 @@ def _train_epoch(training: _Training, data: Split, stop: "StopRequest", bar: tqd
     steps = steps_per_epoch(len(data), settings.batch_size)
     mix = make_mixup(settings.mixup, num_classes=len(data.fine_names))
     start, looked = time.perf_counter() - state.epoch_seconds, 0.0
+    set_side(training.model, settings.side_in(state.epoch))
     training.model.train()
     for images, labels in batches(data, settings.batch_size, settings.augmentation, seed=settings.seed,
                                   epoch=state.epoch, first_step=state.step):
@@ -306,13 +246,13 @@ def _train_epoch(training: _Training, data: Split, stop: "StopRequest", bar: tqd
         set_rates(training.optimizers, settings, done / (steps * settings.epochs))
         torch.manual_seed(derived_seed("model", settings.seed, state.epoch, state.step))  # MixUp, dropout
         images, targets = mix(images, labels)
-        logits, loss = training_step(training.model, training.optimizers, images, targets, settings)
+        logits, loss = training_step(training.forward, training.optimizers, images, targets, settings)
         state.loss += loss * len(labels)
         state.correct += (logits.argmax(1) == (targets if targets.ndim == 1 else targets.argmax(1))).sum()
         state.pictures += len(labels)
         state.step += 1
         state.epoch_seconds = time.perf_counter() - start
-        bar.update()
+        bar.update(training.flops[state.epoch] / steps)
         if time.monotonic() - looked > REFRESH_SECONDS:
             looked = time.monotonic()
             _describe(bar, state, settings)
@@ -322,9 +262,24 @@ def _train_epoch(training: _Training, data: Split, stop: "StopRequest", bar: tqd
             training.save()
         if stop.signal:
             raise Interrupted(stop.signal)
-    wait_for(state.loss.device)
     training.require_finite([state.loss], "loss")
+    if state.epoch + 1 == settings.epochs:
+        refresh_norms(training.model, data, settings.refresh_norms, seed=settings.seed)
+    wait_for(state.loss.device)
     state.epoch_seconds = time.perf_counter() - start
+
+
+def refresh_norms(model: nn.Module, data: Split, pictures: int, *, seed: int) -> None:
+    """Take batch norms' statistics anew from about so many training pictures as they are, with the weights as they are.
+
+    A running mean lags behind weights that still move, and has seen augmented pictures (Wu and Johnson 2021, arXiv
+    2105.07576, section 3). With 0 pictures nothing happens.
+    """
+    if not pictures:
+        return
+    steps = math.ceil(min(pictures, len(data)) / REFRESH_BATCH)
+    update_bn((images for images, _ in itertools.islice(
+        batches(data, REFRESH_BATCH, Augmentation(), seed=seed, epoch=-1), steps)), model)
 
 
 def _end_epoch(state: _State, model: nn.Module, val_split: Split | None, lr: float) -> None:
@@ -351,7 +306,7 @@ def _result(training: _Training, pictures: int, machine: dict[str, Any], *, was_
         "epochs": settings.epochs,
         "train_seconds": round(seconds, 2),
         "images_per_second": round(seen / seconds, 1),
-        "train_flops": 3 * forward_flops(training.model) * seen,
+        "train_flops": sum(training.flops),
         "parameters": sum(p.numel() for p in training.model.parameters()),
         "peak_memory_bytes": peak_memory(settings.device),
         "resumed": was_resumed,

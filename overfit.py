@@ -79,7 +79,7 @@ class Outcome:
 
 
 def overfit_batch(command: Command) -> int:
-    """Run the check, write its figure, curves and numbers to <results>/overfit_batch/<model>, print the table.
+    """Run the check, write its figure, curves and numbers to <results>/overfit_batch/<recipe>, print the table.
 
     Returns the exit status: 0 only if plain cross-entropy memorised the whole batch.
     """
@@ -90,7 +90,7 @@ def overfit_batch(command: Command) -> int:
     print(f"overfitting one batch of {settings.batch_size} {settings.pictures} for {settings.epochs} epochs")
     outcomes = {name: run_reading(command.script, settings, reading, split, quiet=command.quiet)
                 for name, reading in readings.items()}
-    folder = command.results_dir / "overfit_batch" / command.script.model
+    folder = command.results_dir / "overfit_batch" / settings.recipe
     folder.mkdir(parents=True, exist_ok=True)
     write_json(folder / "overfit.json", {
         "readings": {name: outcome.summary() for name, outcome in outcomes.items()},
@@ -104,9 +104,9 @@ def overfit_batch(command: Command) -> int:
 
 
 def _given(command: Command) -> dict[str, Any]:
-    """The flags that made this check another one than the plain `--overfit-batch`."""
-    machine = {f.name for f in fields(command.settings) if f.metadata["machine"]}
-    changes = {name: value for name, value in command.given.items() if name not in machine}
+    """The flags that made this check another one than the plain `--overfit-batch` of its recipe."""
+    plain = {"recipe"} | {f.name for f in fields(command.settings) if f.metadata["machine"]}
+    changes = {name: value for name, value in command.given.items() if name not in plain}
     return changes if command.loss is None else {**changes, "loss": command.loss}
 
 

@@ -5,6 +5,7 @@ A flag is written once, as a field of a dataclass: the command line, `config.jso
 
 import argparse
 import dataclasses
+import json
 import math
 import operator
 import shlex
@@ -51,10 +52,11 @@ class Settings:
 
     epochs: int = setting(10, "passes over the training pictures", low=1)
     batch_size: int = setting(500, "pictures a step", low=2)
-    optimizer: str = setting("adamw", "the optimizer; muon is for hidden weights, with AdamW for the rest",
-                             choices=("adam", "adamw", "sgd", "muon"))
+    optimizer: str = setting("adamw", "the optimizer; muon is for hidden weights, with AdamW or SGD for the rest",
+                             choices=("adam", "adamw", "sgd", "muon", "muon-sgd"))
     lr: float = setting(1e-3, "peak learning rate", above=0)
-    other_lr: float = setting(1e-3, "peak learning rate of what Muon leaves to AdamW", above=0)
+    other_lr: float = setting(1e-3, "peak learning rate of what Muon leaves to AdamW or SGD", above=0)
+    momentum: float = setting(0.9, "momentum of SGD (plain) and of Muon (Nesterov's)", low=0, high=0.999)
     weight_decay: float = setting(0.0, "weight decay, on weight matrices and filters only", low=0)
     warmup: float = setting(0.0, "share of all steps over which the learning rate rises from zero", low=0, high=1)
     schedule: str = setting("linear", "how the learning rate falls to zero after that",
@@ -62,18 +64,26 @@ class Settings:
     label_smoothing: float = setting(0.0, "label smoothing", low=0, high=1, one_batch=False)
 
     flip: bool = setting(True, "flip training pictures at random", one_batch=False)
+    alternate: bool = setting(False, "flip each picture in every second epoch instead", one_batch=False)
     crop: int = setting(0, "shift training pictures at random by up to so many pixels, reflected at the edges",
                         low=0, high=31, one_batch=False)
     cutout: int = setting(0, "side of the square cut out of training pictures, in pixels", low=0, high=32,
                           one_batch=False)
+    jitter: float = setting(0.0, "change brightness and contrast of training pictures by up to this share", low=0,
+                            high=1, one_batch=False)
     mixup: float = setting(0.0, "MixUp: alpha of the Beta distribution of a batch's mixing share; 0 for none", low=0,
                            one_batch=False)
+
+    refresh_norms: int = setting(0, "training pictures on which batch norms' statistics are taken anew at the end; 0 "
+                                 "leaves their running means", low=0, one_batch=False)
 
     seed: int = setting(0, "decides initial weights, order, augmentation and dropout", low=0)
     train_on_all: bool = setting(False, "train on all 50,000 training pictures, the held-out 5,000 included")
     synthetic: bool = setting(False, "use procedurally drawn pictures: no data set, no network, no meaning")
     precision: str = setting("auto", "arithmetic of the training steps; auto times both on a CPU",
                              choices=("auto", "float32", "bfloat16"), machine=True, one_batch=False)
+    compile: bool = setting(False, "torch.compile the network first: slow to start, for long trainings on a GPU",
+                            machine=True, one_batch=False)
     device: str = setting("auto", "where to train", choices=("auto", "cpu", "cuda", "mps"), machine=True)
     threads: int = setting(0, "CPU threads; 0 leaves it to PyTorch", low=0, high=1024, machine=True)
     data_dir: str = setting("", "folder of the data set (default: $CIFAR100_DIR, else data/)", resumable=True,
@@ -95,7 +105,11 @@ class Settings:
 
     @property
     def augmentation(self) -> Augmentation:
-        return Augmentation(flip=self.flip, crop=self.crop, cutout=self.cutout)
+        return Augmentation(**{f.name: getattr(self, f.name) for f in dataclasses.fields(Augmentation)})
+
+    def side_in(self, epoch: int) -> int | None:
+        """Pixels a side that pictures are scaled to in this epoch; None if the network alone decides."""
+        return None
 
     @property
     def pictures(self) -> str:
@@ -135,20 +149,18 @@ def show(value: Any) -> str:
 class Script:
     """What a training script declares of itself.
 
-    file: its name; model: its network's; description: its docstring; recipes: named settings, the first of them the
-    default; overfit: the settings that `--overfit-batch` replaces; build_model(settings, num_outputs): its network with
-    random weights.
+    file: its name; description: its docstring; recipes: named settings, the first of them the default; overfit: the
+    settings that `--overfit-batch` replaces; build_model(settings, num_outputs): its network with random weights.
     """
 
     file: str
-    model: str
     description: str
     settings_class: type[Settings]
     recipes: dict[str, dict[str, Any]]
     overfit: dict[str, Any]
     build_model: Callable[[Any, int], nn.Module]
 
-    def recipe_settings(self, recipe: str, **changes: Any) -> Settings:
+    def recipe_settings(self, recipe: str, /, **changes: Any) -> Settings:
         return self.settings_class(**{"recipe": recipe, **self.recipes[recipe], **changes})
 
     def command_for(self, settings: Settings) -> str:
@@ -220,7 +232,8 @@ def parse_command_line(script: Script, losses: tuple[str, ...], argv: list[str] 
 
 def _make_parser(script: Script, losses: tuple[str, ...]) -> argparse.ArgumentParser:
     """A parser that reports only the flags that were given: a default is not an opinion."""
-    parser = Parser(prog=script.file, description=script.description, argument_default=argparse.SUPPRESS)
+    parser = Parser(prog=script.file, description=script.description, epilog=_recipes_in_words(script),
+                    argument_default=argparse.SUPPRESS)
     defaults = script.recipe_settings(next(iter(script.recipes)))
     group = parser.add_argument_group("settings")
     for f in dataclasses.fields(defaults):
@@ -247,6 +260,24 @@ def _make_parser(script: Script, losses: tuple[str, ...]) -> argparse.ArgumentPa
     group.add_argument("--loss", choices=losses, metavar="|".join(losses),
                        help="beside plain cross-entropy try only this loss (default: all of them)")
     return parser
+
+
+def _recipes_in_words(script: Script) -> str:
+    """What each recipe reaches and costs, as far as results/results.json, which `evaluate.py` writes, knows it."""
+    try:
+        measured = {row["recipe"]: row for row in json.loads((RESULTS_DIR / "results.json").read_text())}
+    except (OSError, ValueError):
+        measured = {}
+    lines = ["recipes, trained on all 50,000 pictures:"]
+    for recipe in script.recipes:
+        words = "not measured"
+        if recipe in measured:
+            row = measured[recipe]
+            seconds, machine = sum(row["train_seconds"]) / len(row["train_seconds"]), row["machines"][0]
+            words = (f"{row['top1']['mean']:.1f}% on the test set for {row['train_flops']:.1e} FLOPs, "
+                     f"{seconds / 60:.1f} min on {machine['processor']}, {row['precision']}")
+        lines.append(f"  {recipe:<10} {words}")
+    return "\n".join(lines)
 
 
 def _refuse_contradictions(script: Script, values: dict[str, Any]) -> None:

@@ -45,7 +45,7 @@ def build_model(settings: MLPSettings, num_outputs: int = 100) -> nn.Module:
                         batch_norm=settings.batch_norm, num_classes=num_outputs)
 
 
-SCRIPT = Script("train_mlp.py", "mlp", __doc__, MLPSettings, RECIPES, OVERFIT, build_model)
+SCRIPT = Script("train_mlp.py", __doc__, MLPSettings, RECIPES, OVERFIT, build_model)
 
 
 def main(argv: list[str] | None = None) -> int:

@@ -258,12 +258,16 @@ def _network_timeout() -> Iterator[None]:
 class Augmentation:
     """What happens to a training batch: a random horizontal flip, a random crop out of the picture reflected at its
     edges by up to `crop` pixels, and a square of `cutout` pixels (DeVries and Taylor 2017, arXiv 1708.04552) filled
-    with the mean colour. 0 or False turns one off.
+    with the mean colour; then brightness and contrast changed by up to the share `jitter`. 0 or False turns one off.
+
+    alternate: a picture is flipped in every second epoch instead of at random (Jordan 2024, arXiv 2404.00498).
     """
 
     flip: bool = False
+    alternate: bool = False
     crop: int = 0
     cutout: int = 0
+    jitter: float = 0.0
 
 
 def derived_seed(*key: int | str) -> int:
@@ -285,17 +289,20 @@ def batches(
 ) -> Iterator[tuple[Tensor, Tensor]]:
     """One epoch in a random order, from step `first_step` on, on the device that `split` is on.
 
-    Yields images, float32 [B, 3, 32, 32] in [0, 1], and fine labels, int64 [B]. Every picture comes once; the batches
-    differ by at most one picture and are never larger than `batch_size`. Step k is the same however often and wherever
-    it is asked for.
+    Yields images, float32 [B, 3, 32, 32] in [0, 1] (beyond it with jitter), and fine labels, int64 [B]. Every picture
+    comes once; the batches differ by at most one picture and are never larger than `batch_size`. Step k is the same
+    however often and wherever it is asked for.
     """
     order = torch.randperm(len(split), generator=generator_for("order", seed, epoch))
+    turn = torch.randint(2, (len(split),), generator=generator_for("flip", seed)) == epoch % 2  # if they alternate
     fill = split.images[:1000].float().mean((0, 2, 3)).to(torch.uint8)  # the mean colour, near enough
     for step, index in enumerate(order.tensor_split(steps_per_epoch(len(split), batch_size))):
         if step >= first_step:
+            generator = generator_for("augment", seed, epoch, step)
+            turned = turn[index].to(split.images.device) if augmentation.flip and augmentation.alternate else None
             index = index.to(split.images.device)
-            images = augment(split.images[index], augmentation, generator_for("augment", seed, epoch, step), fill)
-            yield to_float(images), split.fine_labels[index]
+            images = to_float(augment(split.images[index], augmentation, generator, fill, turned))
+            yield jitter(images, augmentation.jitter, generator), split.fine_labels[index]
 
 
 def to_float(images: Tensor) -> Tensor:
@@ -303,8 +310,22 @@ def to_float(images: Tensor) -> Tensor:
     return images.float().div_(255)
 
 
-def augment(images: Tensor, augmentation: Augmentation, generator: torch.Generator, fill: Tensor) -> Tensor:
-    """Augment a batch, uint8 [B, C, H, W], on its device; `fill`, uint8 [C], is the colour of what is cut out."""
+def jitter(images: Tensor, strength: float, generator: torch.Generator) -> Tensor:
+    """Change each picture's contrast by a factor and its brightness by a summand, both off by up to `strength`."""
+    if not strength:
+        return images
+    drawn = torch.rand(2, len(images), 1, 1, 1, generator=generator).to(images.device)
+    contrast, brightness = strength * (2 * drawn - 1)
+    return (images - 0.5) * (1 + contrast) + 0.5 + brightness
+
+
+def augment(
+    images: Tensor, augmentation: Augmentation, generator: torch.Generator, fill: Tensor, turned: Tensor | None = None
+) -> Tensor:
+    """Augment a batch, uint8 [B, C, H, W], on its device, but for jitter, which is for floats.
+
+    fill: uint8 [C], the colour of what is cut out; turned: bool [B], which to flip instead of random ones.
+    """
     batch, _, height, width = images.shape
     device = images.device
 
@@ -317,7 +338,7 @@ def augment(images: Tensor, augmentation: Augmentation, generator: torch.Generat
         rows = _reflect(rows + draw(-augmentation.crop, augmentation.crop), height)
         columns = _reflect(columns + draw(-augmentation.crop, augmentation.crop), width)
     if augmentation.flip:
-        columns = torch.where(draw(0, 1) == 1, columns.flip(1), columns)
+        columns = torch.where(draw(0, 1) == 1 if turned is None else turned[:, None], columns.flip(1), columns)
     if augmentation.crop or augmentation.flip:
         images = images.gather(2, rows[:, None, :, None].expand_as(images))
         images = images.gather(3, columns[:, None, None, :].expand_as(images))

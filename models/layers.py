@@ -1,6 +1,7 @@
 """Layers that several models share."""
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 
 
@@ -24,3 +25,27 @@ class Normalize(nn.Module):
 
     def forward(self, images: Tensor) -> Tensor:
         return (images - self.mean) / self.std
+
+
+class Resize(nn.Module):
+    """Scale pictures to side x side pixels, bilinearly and antialiased: float32 [N, 3, H, W] -> [N, 3, side, side].
+
+    `side` may be changed at any time: progressive resolution is a training on ever larger sides.
+    """
+
+    def __init__(self, side: int) -> None:
+        super().__init__()
+        self.side = side
+
+    def forward(self, images: Tensor) -> Tensor:
+        size = (self.side, self.side)
+        if images.shape[2:] == size:
+            return images
+        return F.interpolate(images, size, mode="bilinear", antialias=True, align_corners=False)
+
+
+def set_side(model: nn.Module, side: int | None) -> None:
+    """Have every `Resize` of the model scale to `side`; None changes nothing."""
+    for module in model.modules():
+        if isinstance(module, Resize) and side is not None:
+            module.side = side

@@ -2,14 +2,17 @@
 
 import csv
 import functools
+import itertools
 import json
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+from torch import Tensor
 
+import engine
 import train_mlp
 from data import synthetic
 from settings import exit_status
@@ -89,3 +92,16 @@ def edit_settings(run: Path, **changes: Any) -> None:
 
 def run_names(results_dir: Path) -> list[str]:
     return sorted(path.name for path in results_dir.iterdir()) if results_dir.exists() else []
+
+
+def after_step(monkeypatch: pytest.MonkeyPatch, number: int, act: Callable[[], None]) -> None:
+    """Have `act` called at the end of the `number`-th training step from now."""
+    step, count = engine.training_step, itertools.count(1)
+
+    def acting_step(*arguments: Any) -> tuple[Tensor, Tensor]:
+        outcome = step(*arguments)
+        if next(count) == number:
+            act()
+        return outcome
+
+    monkeypatch.setattr(engine, "training_step", acting_step)

@@ -26,7 +26,18 @@ from torchvision.datasets import CIFAR100
 
 import utils
 from data import synthetic
-from utils import Augmentation, Split, UserError, augment, batches, load_cifar100, load_test_set, picture_hashes
+from utils import (
+    Augmentation,
+    Split,
+    UserError,
+    augment,
+    batches,
+    jitter,
+    load_cifar100,
+    load_test_set,
+    picture_hashes,
+    to_float,
+)
 
 # The superclass of each fine class as the official files have it, which is not how utils.py says it.
 OFFICIAL_COARSE_OF_FINE = (
@@ -606,6 +617,30 @@ def test_flip_gives_the_picture_or_its_mirror_image():
     same, mirrored = (out == images).flatten(1).all(1), (out == images.flip(-1)).flatten(1).all(1)
     assert (same ^ mirrored).all()
     assert 0.3 < mirrored.float().mean() < 0.7
+
+
+def test_alternating_flips_show_every_picture_both_ways_in_two_epochs():
+    split = small_split()
+    flipped = []
+    for epoch in range(4):
+        steps = epoch_of(split, augmentation=Augmentation(flip=True, alternate=True), epoch=epoch)
+        batch = torch.cat([images for images, _ in steps])
+        seen = {tuple(row) for row in (batch * 255).round().to(torch.uint8).flatten(1).tolist()}
+        flipped.append([tuple(row) in seen for row in split.images.flip(-1).flatten(1).tolist()])
+    assert flipped[0] == flipped[2] and flipped[1] == flipped[3]
+    assert [not way for way in flipped[0]] == flipped[1]
+    assert 0.3 < np.mean(flipped[0]) < 0.7
+
+
+def test_jitter_changes_brightness_and_contrast_within_its_strength_and_nothing_else():
+    images = to_float(small_split().images)
+    out = jitter(images, 0.2, torch.Generator().manual_seed(0))
+    contrast = out.flatten(1).std(1) / images.flatten(1).std(1)
+    brightness = (out - 0.5 - contrast.view(-1, 1, 1, 1) * (images - 0.5)).flatten(1)
+    torch.testing.assert_close(brightness.std(1), torch.zeros(len(images)), atol=1e-4, rtol=0)
+    for change in (contrast - 1, brightness.mean(1)):
+        assert -0.2001 < change.min() < -0.1 and 0.1 < change.max() < 0.2001
+    assert torch.equal(jitter(images, 0.0, torch.Generator()), images)
 
 
 @pytest.mark.parametrize("side", [1, 2, 7, 8, 15, 16])
