@@ -15,9 +15,14 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save
 from torch import nn
 
+from models.convnet import ConvNet
 from models.mlp import MLP
+from models.original import OriginalCNN
+from models.resnet import resnet18, wide_resnet
 
-_MODELS: dict[str, Callable[..., nn.Module]] = {"mlp": MLP}
+_MODELS: dict[str, Callable[..., nn.Module]] = {
+    "mlp": MLP, "original_cnn": OriginalCNN, "convnet": ConvNet, "resnet18": resnet18, "wide_resnet": wide_resnet,
+}
 
 
 class WeightsError(ValueError):
@@ -39,7 +44,7 @@ def create_model(name: str, **kwargs: Any) -> nn.Module:
         arguments = inspect.signature(_MODELS[name]).bind(**kwargs)
         arguments.apply_defaults()  # a weights file must not depend on what the defaults are later
         model = _MODELS[name](**arguments.arguments)
-    except TypeError as error:
+    except (TypeError, ValueError) as error:
         raise WeightsError(f"the model {name} cannot be made with {kwargs}: {error}") from error
     model.model_name, model.model_args = name, dict(arguments.arguments)
     return model
