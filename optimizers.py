@@ -9,6 +9,7 @@ from torch import Tensor, nn
 
 from settings import Settings
 
+WIDE = 3  # columns a row, from which on orthogonalising by way of the gram matrix pays
 SGD_MOMENTUM, SHIFT_RATE, HEAD_RATE = 0.85, 8.0, 4.0  # of SGD beside Muon: see docs/experiments.md
 
 
@@ -52,13 +53,26 @@ def orthogonalise(matrix: Tensor, iterations: int) -> Tensor:
 
     The quintic and its coefficients are Jordan's (2024). Five iterations bring every singular value that is not tiny to
     between 0.65 and 1.25; three leave the smallest of a random matrix of the MLP's shapes at about half.
+
+    Every iterate is a polynomial in the gram matrix times the first one. Where N is far above M, as it is for filters,
+    that polynomial is worked out on M x M matrices alone, for half the operations.
     """
     tall = matrix.shape[0] > matrix.shape[1]
     x = matrix.T if tall else matrix
     x = x / (x.norm() + 1e-7)
-    for _ in range(iterations):
-        gram = x @ x.T
-        x = 3.4445 * x + (-4.7750 * gram + 2.0315 * gram @ gram) @ x
+    if x.shape[1] >= WIDE * x.shape[0]:
+        gram, identity = x @ x.T, torch.eye(len(x), dtype=x.dtype, device=x.device)
+        product = identity
+        for iteration in range(iterations):
+            polynomial = 3.4445 * identity - 4.7750 * gram + 2.0315 * gram @ gram
+            product = polynomial @ product if iteration else polynomial
+            if iteration < iterations - 1:
+                gram = polynomial @ gram @ polynomial
+        x = product @ x
+    else:
+        for _ in range(iterations):
+            gram = x @ x.T
+            x = 3.4445 * x + (-4.7750 * gram + 2.0315 * gram @ gram) @ x
     return x.T if tall else x
 
 

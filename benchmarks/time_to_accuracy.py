@@ -2,6 +2,7 @@
 
     python benchmarks/time_to_accuracy.py                          # in the precision that --precision auto takes
     python benchmarks/time_to_accuracy.py --precision float32
+    python benchmarks/time_to_accuracy.py --figure docs/figures/accuracy-time.png    # draw it too
     python benchmarks/time_to_accuracy.py --synthetic              # without the data set: the cost is the same
 
 The others are rebuilt from their published settings. Real training steps (augmentation, forward, backward, optimizer)
@@ -30,7 +31,7 @@ from hardware import choose_precision, machine_facts, prepare_device, wait_for
 from models.layers import set_side
 from models.resnet import ResNet
 from optimizers import make_optimizers, set_rates
-from runs import read_json
+from runs import BLUE, ORANGE, read_json, save_figure
 from settings import RESULTS_DIR, Parser, exit_status
 from train_cnn import RECIPES, SCRIPT, CNNSettings, build_model
 from utils import Split, batches, default_data_dir, load_cifar100
@@ -44,12 +45,12 @@ REFERENCE = "crisostomi/cifar100-speedrun"
 
 @dataclass
 class Contestant:
-    """A recipe whose cost is measured. `accuracy` is the test top-1 in percent that it is known for, as text."""
+    """A recipe whose cost is measured. `accuracy` is the test top-1 in percent that it is known for."""
 
     name: str
     settings: CNNSettings
     model: nn.Module
-    accuracy: str
+    accuracy: float | None
     seconds: dict[int, list[float]] = field(default_factory=dict)  # of a picture's step by side, a value a round
     flops: dict[int, int] = field(default_factory=dict)  # of a picture's forward pass by side
 
@@ -106,18 +107,18 @@ def mobilenet_v2() -> nn.Module:
 
 def contestants() -> list[Contestant]:
     """Our recipes, and three well-known ones as their authors describe them."""
-    known = {row["recipe"]: f"{row['top1']['mean']:.1f}" for row in read_json(RESULTS_DIR / "results.json")}
+    known = {row["recipe"]: row["top1"]["mean"] for row in read_json(RESULTS_DIR / "results.json")}
     ours = [(name, SCRIPT.recipe_settings(name)) for name in RECIPES if name in CPU_RECIPES]
     speedrun = CNNSettings(epochs=7, sides=(18, 32), batch_size=1024, optimizer="muon-sgd", lr=0.055, other_lr=0.02,
                            label_smoothing=0.15, crop=3)
     usual = CNNSettings(model="resnet18", epochs=200, batch_size=128, optimizer="sgd", lr=0.1, weight_decay=5e-4,
                         crop=4)
     return [
-        *(Contestant(f"`--recipe {name}`", settings, build_model(settings), known.get(name, ""))
+        *(Contestant(f"--recipe {name}", settings, build_model(settings), known.get(name))
           for name, settings in ours),
-        Contestant(REFERENCE, speedrun, speedrun_model(), "*70.7*"),
-        Contestant("weiaicunzai/pytorch-cifar100, ResNet-18", usual, build_model(usual), "*75.6*"),
-        Contestant("weiaicunzai/pytorch-cifar100, MobileNetV2", usual, mobilenet_v2(), "*68.1*"),
+        Contestant(REFERENCE, speedrun, speedrun_model(), 70.7),
+        Contestant("weiaicunzai/pytorch-cifar100, ResNet-18", usual, build_model(usual), 75.6),
+        Contestant("weiaicunzai/pytorch-cifar100, MobileNetV2", usual, mobilenet_v2(), 68.1),
     ]
 
 
@@ -181,11 +182,33 @@ def table(everyone: list[Contestant]) -> str:
         sides = ", ".join(f"{1000 * statistics.median(contestant.seconds[side]):.2f} at {side}"
                           for side in sorted(contestant.seconds))
         minutes = contestant.total_seconds / 60
+        accuracy = "" if contestant.accuracy is None else f"{contestant.accuracy:.1f}"
         time_needed = f"{minutes:.1f} min" if minutes < 100 else f"{minutes / 60:.1f} h"
         lines.append(f"| {contestant.name} | {contestant.settings.epochs} | {contestant.total_flops:.1e} | {sides} "
                      f"| {time_needed} | {contestant.total_seconds / reference.total_seconds:.2g} "
-                     f"| {contestant.accuracy} |".replace("e+", "e"))
+                     f"| {accuracy} |".replace("e+", "e"))
     return "\n".join(lines)
+
+
+def draw(everyone: list[Contestant], machine: str):
+    """Accuracy against training time on a logarithmic axis, ours and the others', as a matplotlib Figure."""
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(9, 4.2), layout="constrained")
+    axes = figure.subplots()
+    for label, colour, marker, ours in (("ours, measured", BLUE, "o", True), ("published", ORANGE, "s", False)):
+        points = {contestant.name: (contestant.total_seconds / 60, contestant.accuracy) for contestant in everyone
+                  if contestant.name.startswith("--recipe") is ours and contestant.accuracy is not None}
+        axes.plot(*zip(*points.values(), strict=True) if points else ([], []), marker, color=colour, label=label)
+        for name, point in points.items():
+            axes.annotate(name.replace("/pytorch-cifar100, ", "\n"), point, xytext=(7, -3), fontsize=9,
+                          textcoords="offset points")
+    axes.set(xscale="log", xlabel=f"minutes of training on {machine}", ylabel="test top-1 accuracy (%)")
+    axes.margins(x=0.2)
+    axes.grid(alpha=0.3, which="both")
+    axes.legend(frameon=False, loc="lower right")
+    figure.suptitle("CIFAR-100: accuracy against training time, all timed on the same machine")
+    return figure
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -194,6 +217,7 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("--device", choices=("auto", "cpu", "cuda", "mps"), default="auto")
     parser.add_argument("--synthetic", action="store_true", help="on procedurally drawn pictures")
     parser.add_argument("--data-dir", default=default_data_dir(), metavar="FOLDER", help="folder of the data set")
+    parser.add_argument("--figure", type=Path, metavar="FILE", help="draw accuracy against time into this PNG")
     options = parser.parse_args(argv)
     split, _ = load_cifar100(options.data_dir, use_synthetic=options.synthetic)
     torch.manual_seed(0)
@@ -201,9 +225,11 @@ def main(argv: list[str] | None = None) -> int:
     measure(everyone, split, options.precision, options.device)
     settings = everyone[0].settings
     facts = machine_facts(settings.device)
-    print(f"{facts['processor']}, {facts['threads']} threads, {settings.precision} "
-          f"({facts[f'conv3x3_{settings.precision}_gflops']:.0f} GFLOP/s in one 3x3 convolution)\n")
-    print(table(everyone))
+    machine = (f"{facts['processor']}, {facts['threads']} threads, {settings.precision} "
+               f"({facts[f'conv3x3_{settings.precision}_gflops']:.0f} GFLOP/s in one 3x3 convolution)")
+    print(f"{machine}\n\n{table(everyone)}")
+    if options.figure:
+        save_figure(draw(everyone, machine), options.figure)
     return 0
 
 

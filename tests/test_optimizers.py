@@ -29,7 +29,7 @@ def test_the_rate_is_never_negative_nor_above_its_peak(schedule: str, warmup: fl
     assert all(0 <= optimizers.rate_factor(schedule, warmup, step / 100) <= 1 for step in range(101))
 
 
-@pytest.mark.parametrize("shape", [(32, 32), (128, 32), (32, 128), (100, 3072), (7, 5), (1, 9)])
+@pytest.mark.parametrize("shape", [(32, 32), (128, 32), (32, 128), (100, 3072), (7, 5), (1, 9), (16, 48), (16, 47)])
 def test_orthogonalise_keeps_the_directions_and_levels_the_strengths(shape: tuple[int, int]) -> None:
     """Against U V^T, the orthogonal matrix that the singular value decomposition gives in float64."""
     torch.manual_seed(0)
@@ -45,7 +45,7 @@ def test_orthogonalise_keeps_the_directions_and_levels_the_strengths(shape: tupl
 
 
 @pytest.mark.parametrize("precision", ["float32", "bfloat16"])
-@pytest.mark.parametrize("shape", [(512, 192), (128, 256)])
+@pytest.mark.parametrize("shape", [(512, 192), (128, 256), (96, 864)])
 def test_muons_own_step_is_nearly_orthogonal(shape: tuple[int, int], precision: str) -> None:
     """With the iterations that the optimizer takes by default, and a random gradient of an MLP's proportions."""
     torch.manual_seed(0)
