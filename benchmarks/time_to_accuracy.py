@@ -101,7 +101,7 @@ def mobilenet_v2() -> nn.Module:
     stages = [[1, 16, 1, 1], [6, 24, 2, 2], [6, 32, 3, 2], [6, 64, 4, 2], [6, 96, 3, 1], [6, 160, 3, 1], [6, 320, 1, 1]]
     model = MobileNetV2(num_classes=100, inverted_residual_setting=stages)
     model.features[0][0].stride = (1, 1)
-    model.fit_inputs = lambda images: None
+    model.fit_inputs, model.head = (lambda images: None), model.classifier  # as the training loop calls them
     return model
 
 
