@@ -4,10 +4,11 @@ from torch import Tensor, nn
 
 
 class OriginalCNN(nn.Module):
-    """Three unpadded 5x5 convolutions and four fully connected layers, as its author left it.
+    """Three unpadded 5x5 convolutions and four fully connected layers, as its author left it but for the last ReLU.
 
-    Each convolution is followed by ReLU and then batch normalisation, each fully connected layer but the last by ReLU.
-    Pictures enter as they are, in [0, 1].
+    Each convolution is followed by ReLU and then batch normalisation, each fully connected layer but the last by ReLU;
+    the author had one behind the logits too, with which one batch cannot be memorised (docs/procedure.md). Pictures
+    enter as they are, in [0, 1].
     forward: float32 [N, 3, 32, 32] in [0, 1] -> logits [N, num_classes].
     """
 
