@@ -5,9 +5,10 @@
     python benchmarks/time_to_accuracy.py --figure docs/figures/accuracy-time.png    # draw it too
     python benchmarks/time_to_accuracy.py --synthetic              # without the data set: the cost is the same
 
-The others are rebuilt from their published settings. Real training steps (augmentation, forward, backward, optimizer)
-are timed at every resolution that a recipe uses; all contestants take turns over several rounds, the median counts and
-is multiplied out to the recipe's epochs on 50,000 pictures. Nothing is trained to its end here: accuracies are their
+The others are rebuilt from their published settings, less what costs them nothing (schedules) or nearly nothing (the
+speedrun's lookahead, ResNet-18's warm-up epoch and rotations). Real training steps (augmentation, forward, backward,
+optimizer) are timed at every resolution that a recipe uses; all contestants take turns over several rounds, the median
+counts and is multiplied out to the recipe's epochs on 50,000 pictures. Nothing is trained to its end here: accuracies are their
 authors' and, for ours, those of results/results.json. About five minutes on two CPU cores.
 """
 
