@@ -8,8 +8,8 @@
 The others are rebuilt from their published settings, less what costs them nothing (schedules) or nearly nothing (the
 speedrun's lookahead, ResNet-18's warm-up epoch and rotations). Real training steps (augmentation, forward, backward,
 optimizer) are timed at every resolution that a recipe uses; all contestants take turns over several rounds, the median
-counts and is multiplied out to the recipe's epochs on 50,000 pictures. Nothing is trained to its end here: accuracies are their
-authors' and, for ours, those of results/results.json. About five minutes on two CPU cores.
+counts and is multiplied out to the recipe's epochs on 50,000 pictures. Nothing is trained to its end here: accuracies
+are their authors' and, for ours, those of results/results.json. About five minutes on two CPU cores.
 """
 
 import itertools
