@@ -7,51 +7,22 @@ shows here first. Both training scripts share it.
 
 import csv
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass, fields
 from pathlib import Path
 from typing import Any
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 from tqdm import tqdm
 
 from engine import descend, fit_and_place, make_optimizers, set_rates
 from hardware import prepare_device
+from readings import READINGS, Reading, overfit_table
 from runs import provenance, replacing, save_figure, write_json
 from settings import Command, Script, Settings
 from utils import Augmentation, Split, batches, derived_seed, load_cifar100
 
-
-@dataclass(frozen=True)
-class Reading:
-    """One reading of "the loss": what is minimised, and which class an output then means.
-
-    loss: outputs [B, num_outputs] and labels, int64 [B] -> scalar; predict: outputs -> labels.
-    """
-
-    title: str
-    colour: str
-    num_outputs: int
-    loss: Callable[[Tensor, Tensor], Tensor]
-    predict: Callable[[Tensor], Tensor]
-
-
-def _largest(outputs: Tensor) -> Tensor:
-    return outputs.argmax(1)
-
-
-READINGS = {
-    "cross-entropy": Reading("cross-entropy", "#0072B2", 100, F.cross_entropy, _largest),
-    "mse-onehot": Reading("MSE against the one-hot label", "#009E73", 100,
-                          lambda outputs, labels: F.mse_loss(outputs, F.one_hot(labels, 100).float()), _largest),
-    "mse-index": Reading("MSE of one output against the class index", "#D55E00", 1,
-                         lambda outputs, labels: F.mse_loss(outputs[:, 0], labels.float()),
-                         lambda outputs: outputs[:, 0].round().long()),
-    "softmax-twice": Reading("cross-entropy of outputs already through a softmax", "#CC79A7", 100,
-                             lambda outputs, labels: F.cross_entropy(outputs.softmax(1), labels), _largest),
-}
 LOSSES = tuple(READINGS)
 
 
@@ -98,7 +69,7 @@ def overfit_batch(command: Command) -> int:
     })
     _write_curves(outcomes, folder / "curves.csv")
     save_figure(overfit_figure(outcomes, settings), folder / "overfit.png")
-    print(overfit_table(outcomes))
+    print(overfit_table({name: outcome.summary() for name, outcome in outcomes.items()}))
     print(f"figure, curves and numbers are in {folder}")
     return 0 if outcomes["cross-entropy"].passed else 1
 
@@ -135,16 +106,6 @@ def memorise(
         outputs = model(images)
     memorised = int((reading.predict(outputs) == labels).sum())
     return Outcome((*curve, reading.loss(outputs, labels).item()), memorised, len(labels))
-
-
-def overfit_table(outcomes: dict[str, Outcome]) -> str:
-    """The outcomes as a Markdown table."""
-    lines = ["| loss | first | last | lowest | pictures memorised | verdict |", "|---|---:|---:|---:|---:|---|"]
-    for name, outcome in outcomes.items():
-        losses = " | ".join(f"{outcome.losses[key]:.4g}" for key in ("first", "last", "lowest"))
-        lines.append(f"| {READINGS[name].title} | {losses} | {outcome.memorised} of {outcome.batch_size} "
-                     f"| {'PASS' if outcome.passed else 'FAIL'} |")
-    return "\n".join(lines)
 
 
 def overfit_figure(outcomes: dict[str, Outcome], settings: Settings):

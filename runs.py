@@ -27,6 +27,7 @@ from settings import ROOT, Settings, flag_of, show
 from utils import UserError
 
 PUBLISHED = "published"  # the folder, below results/, of the runs that are committed
+RESERVED = (PUBLISHED, "data", "data-synthetic", "overfit_batch", "sanity_checks", "tune")  # folders beside the runs
 METRICS = ("epoch", "train_loss", "train_acc", "val_loss", "val_acc", "lr", "seconds")
 BLUE, ORANGE = "#0072B2", "#D55E00"  # Okabe and Ito's palette, told apart by colour-blind readers too
 PLOT_EVERY = 15.0  # seconds: drawing a figure takes a good part of one
@@ -192,9 +193,9 @@ def _make(folder: Path) -> bool:
 
 
 def _checked_name(name: str) -> str:
-    if not re.fullmatch(r"[A-Za-z0-9][A-Za-z0-9._-]{0,99}", name) or name in (PUBLISHED, "overfit_batch"):
+    if not re.fullmatch(r"[A-Za-z0-9][A-Za-z0-9._-]{0,99}", name) or name in RESERVED:
         raise UserError(f"{name!r} cannot name a run: use letters, digits, '.', '_' and '-', "
-                        "and neither 'published' nor 'overfit_batch'")
+                        f"and none of {', '.join(RESERVED)}")
     return name
 
 

@@ -28,11 +28,12 @@ from torchvision.models import MobileNetV2
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # a script's own folder is there, the project's is not
 
 from engine import fit_and_place, forward_flops, training_step
+from evaluation.figures import accuracy_against
 from hardware import choose_precision, machine_facts, prepare_device, wait_for
 from models.layers import set_side
 from models.resnet import ResNet
 from optimizers import make_optimizers, set_rates
-from runs import BLUE, ORANGE, read_json, save_figure
+from runs import read_json, save_figure
 from settings import RESULTS_DIR, Parser, exit_status
 from train_cnn import RECIPES, SCRIPT, CNNSettings, build_model
 from utils import Split, batches, default_data_dir, load_cifar100
@@ -192,24 +193,14 @@ def table(everyone: list[Contestant]) -> str:
 
 
 def draw(everyone: list[Contestant], machine: str):
-    """Accuracy against training time on a logarithmic axis, ours and the others', as a matplotlib Figure."""
-    from matplotlib.figure import Figure
-
-    figure = Figure(figsize=(9, 4.2), layout="constrained")
-    axes = figure.subplots()
-    for label, colour, marker, ours in (("ours, measured", BLUE, "o", True), ("published", ORANGE, "s", False)):
-        points = {contestant.name: (contestant.total_seconds / 60, contestant.accuracy) for contestant in everyone
-                  if contestant.name.startswith("--recipe") is ours and contestant.accuracy is not None}
-        axes.plot(*zip(*points.values(), strict=True) if points else ([], []), marker, color=colour, label=label)
-        for name, point in points.items():
-            axes.annotate(name.replace("/pytorch-cifar100, ", "\n"), point, xytext=(7, -3), fontsize=9,
-                          textcoords="offset points")
-    axes.set(xscale="log", xlabel=f"minutes of training on {machine}", ylabel="test top-1 accuracy (%)")
-    axes.margins(x=0.2)
-    axes.grid(alpha=0.3, which="both")
-    axes.legend(frameon=False, loc="lower right")
-    figure.suptitle("CIFAR-100: accuracy against training time, all timed on the same machine")
-    return figure
+    """Accuracy against training time, ours and the others', as a matplotlib Figure."""
+    known = [contestant for contestant in everyone if contestant.accuracy is not None]
+    series = {label: {contestant.name.replace("/pytorch-cifar100, ", "\n"):
+                      (contestant.total_seconds / 60, contestant.accuracy)
+                      for contestant in known if contestant.name.startswith("--recipe") is ours}
+              for label, ours in (("ours, measured", True), ("published", False))}
+    return accuracy_against(series, f"minutes of training on {machine}",
+                            "CIFAR-100: accuracy against training time, all timed on the same machine")
 
 
 def main(argv: list[str] | None = None) -> int:

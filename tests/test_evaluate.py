@@ -1,8 +1,9 @@
-"""Evaluation: the numbers against hand-worked ones, what may be published, and whether a published number holds.
+"""Evaluation: what is measured of a user's runs, what may be published, and whether a published number holds.
 
 A published run is a synthetic one whose config.json was made to say otherwise, and the test set a synthetic one too.
 """
 
+import hashlib
 import json
 import shutil
 from collections.abc import Callable
@@ -15,7 +16,13 @@ import pytest
 import torch
 
 import evaluate
+from evaluation import blocks, publish
+from evaluation import runs as finished_runs
+from evaluation.metrics import measure
+from evaluation.runs import FinishedRun, TestPictures, find_runs
+from evaluation.tables import CITED, readme_table
 from models import load_model, save_model
+from readings import overfit_table
 from settings import exit_status
 from tests.helpers import (
     ROOT,
@@ -26,10 +33,12 @@ from tests.helpers import (
     run_names,
     train_tiny,
 )
-from utils import UserError, load_test_set
+from utils import load_cifar100, load_test_set
 
 SYNTHETIC_PICTURES = 2000
-README = f"# Title\n\nabove\n\n{evaluate.TABLE_START}\n{evaluate.TABLE_END}\n\nbelow\n"
+START = "<!-- {}: written by `python evaluate.py`, checked by `python evaluate.py --check` -->"
+END = "<!-- end of {} -->"
+README = f"# Title\n\nabove\n\n{START.format('results')}\n{END.format('results')}\n\nbelow\n"
 
 
 def evaluate_main(results_dir: Path, *flags: str) -> int:
@@ -37,56 +46,8 @@ def evaluate_main(results_dir: Path, *flags: str) -> int:
     return exit_status(lambda: evaluate.main([*flags, "--results-dir", str(results_dir)]))
 
 
-# ---------------------------------------------------------------------------------------------------------------------
-# Numbers
-# ---------------------------------------------------------------------------------------------------------------------
-
-
-def test_measure_agrees_with_a_hand_worked_case() -> None:
-    """Four classes, 0 and 1 of superclass 0, 2 and 3 of superclass 1."""
-    probabilities = np.array([
-        [0.30, 0.25, 0.40, 0.05],  # class 0: the class is missed, but 0.55 is on its superclass
-        [0.10, 0.60, 0.20, 0.10],  # class 1: right, and so is its superclass
-        [0.15, 0.05, 0.50, 0.30],  # class 2: right, and so is its superclass
-        [0.70, 0.10, 0.15, 0.05],  # class 3: both wrong
-    ])
-    numbers = evaluate.measure(np.log(probabilities), np.arange(4), np.array([0, 0, 1, 1]))
-    assert numbers == pytest.approx({
-        "top1": 50, "top5": 100, "superclass": 75,
-        "cross_entropy": -np.log([0.30, 0.60, 0.50, 0.05]).mean(),
-    })
-
-
-def test_top5_counts_the_fifth_place_and_not_the_sixth() -> None:
-    logits = np.tile(np.arange(10.0), (10, 1))  # class 9 first, class 5 fifth, class 4 sixth
-    numbers = evaluate.measure(logits, np.arange(10), np.zeros(10, dtype=np.int64))
-    assert numbers["top1"] == 10
-    assert numbers["top5"] == 50
-
-
-def test_a_tie_makes_no_more_than_five_guesses() -> None:
-    """A network that answers the same to everything does not get 100% for it."""
-    numbers = evaluate.measure(np.zeros((100, 100)), np.arange(100), np.arange(100) // 5)
-    assert numbers["top1"] == 1
-    assert numbers["top5"] <= 5
-    assert numbers["superclass"] == 5
-    assert numbers["cross_entropy"] == pytest.approx(np.log(100))
-
-
-def test_measure_takes_half_precision_and_large_logits() -> None:
-    logits = (60_000 * np.eye(4)).astype(np.float16)
-    numbers = evaluate.measure(logits, np.arange(4), np.array([0, 0, 1, 1]))
-    assert numbers == {"top1": 100, "top5": 100, "superclass": 100, "cross_entropy": 0}
-
-
-@pytest.mark.parametrize(("right", "n", "low", "high"), [  # Newcombe 1998, table I, the score method
-    (81, 263, 25.53, 36.62), (15, 148, 6.24, 16.05), (0, 20, 0.0, 16.11), (1, 29, 0.61, 17.18)])
-def test_interval95_agrees_with_published_intervals(right: int, n: int, low: float, high: float) -> None:
-    assert evaluate.interval95(100 * right / n, n) == pytest.approx((low, high), abs=0.006)
-
-
 def test_test_pictures_are_in_the_order_of_their_hashes() -> None:
-    test = evaluate.TestPictures("", synthetic=True)
+    test = TestPictures("", synthetic=True)
     assert test.hashes.dtype == np.uint64
     assert (test.hashes[:-1] < test.hashes[1:]).all()
     split = load_test_set("", use_synthetic=True)
@@ -134,7 +95,7 @@ def test_predictions_are_kept_with_the_pictures_names(own: Path) -> None:
     assert logits.dtype == np.float16
     assert hashes.dtype == np.uint64
     assert (np.diff(hashes) > 0).all()
-    test = evaluate.TestPictures("", synthetic=True)
+    test = TestPictures("", synthetic=True)
     assert np.array_equal(hashes, test.hashes)
     model = load_model(own / "mlp-s0" / "model.safetensors")
     np.testing.assert_allclose(logits, model(test.images / 255).detach().numpy(), atol=0.02)
@@ -143,7 +104,7 @@ def test_predictions_are_kept_with_the_pictures_names(own: Path) -> None:
 def test_predictions_are_computed_once_for_the_same_weights(own: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     assert evaluate_main(own) == 0
     with monkeypatch.context() as patch:
-        patch.setattr(evaluate, "compute_logits", lambda *arguments: pytest.fail("they were computed again"))
+        patch.setattr(finished_runs, "compute_logits", lambda *arguments: pytest.fail("they were computed again"))
         assert evaluate_main(own) == 0
     before = (own / "mlp-s0" / "predictions.npz").read_bytes()
     scale_weights(own / "mlp-s0", 2.0)
@@ -172,10 +133,61 @@ def test_nothing_to_evaluate_is_an_error(tmp_path: Path, capsys: pytest.CaptureF
     assert "train_mlp.py" in error_line(capsys)
 
 
-@pytest.mark.parametrize("flags", [("--check", "mlp-s0"), ("--check", "--publish", "mlp-s0"), ("--nonsense",)])
+@pytest.mark.parametrize("flags", [
+    ("--check", "mlp-s0"), ("--check", "--publish", "mlp-s0"), ("--nonsense",), ("--tta", "flip"),
+    ("--tta", "flip", "--compare", "mlp-s0", "mlp-s0"), ("--compare", "mlp-s0"), ("--figures", "--report"),
+    ("--ensemble", "mlp-s0"), ("--ensemble", "mlp-s0", "mlp-s0"), ("--calibrate", "mlp-s0", "--publish", "mlp-s0")])
 def test_misuse_is_one_error_line(flags: tuple[str, ...], own: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert evaluate_main(own, *flags) == 2
     error_line(capsys)
+
+
+def rows_of(capsys: pytest.CaptureFixture[str]) -> dict[str, str]:
+    """The table on the screen: what stands behind each name."""
+    heading, *lines = [line for line in capsys.readouterr().out.splitlines() if line]
+    start = heading.index("top-1") - 1
+    return {line[:start].strip(): line[start:].strip() for line in lines}
+
+
+def test_averaging_over_mirror_images_has_a_line_of_its_own(own: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert evaluate_main(own, "mlp-s0") == 0
+    plain = rows_of(capsys)
+    assert evaluate_main(own, "mlp-s0", "--tta", "flip") == 0
+    rows = rows_of(capsys)
+    assert list(rows) == ["mlp-s0", "mlp-s0 + flip averaging"]
+    assert rows["mlp-s0"] == plain["mlp-s0"]
+    model, test = load_model(own / "mlp-s0" / "model.safetensors"), TestPictures("", synthetic=True)
+    with torch.no_grad():
+        mean = sum(model(images / 255).softmax(1) for images in (test.images, test.images.flip(3)))
+    accuracy = 100 * (mean.argmax(1).numpy() == test.fine_labels).mean()
+    assert float(rows["mlp-s0 + flip averaging"].split()[0]) == pytest.approx(accuracy, abs=0.11)
+
+
+def test_an_ensemble_averages_probabilities_in_a_line_of_its_own(
+    trained: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert evaluate_main(trained, "--ensemble", "mlp-s0", "mlp-s1") == 0
+    rows = rows_of(capsys)
+    assert list(rows) == ["mlp-s0", "mlp-s1", "ensemble of mlp-s0, mlp-s1"]
+    test = TestPictures("", synthetic=True)
+    logits = [FinishedRun(trained / name).logits(test) for name in ("mlp-s0", "mlp-s1")]
+    mean = sum(torch.from_numpy(one).double().softmax(1) for one in logits).numpy()
+    together = rows["ensemble of mlp-s0, mlp-s1"].split()
+    assert together[0] == f"{100 * (mean.argmax(1) == test.fine_labels).mean():.2f}"
+    assert float(together[0]) > max(float(rows[name].split()[0]) for name in ("mlp-s0", "mlp-s1"))
+    parameters = read_json(trained / "mlp-s0" / "result.json")["parameters"]
+    assert f"{2 * parameters:,}" in together
+
+
+def test_two_runs_are_compared_on_the_same_pictures(trained: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert evaluate_main(trained, "--compare", "mlp-s0", "mlp-s1") == 0
+    words = capsys.readouterr().out
+    test = TestPictures("", synthetic=True)
+    a, b = (FinishedRun(trained / name).logits(test).argmax(1) == test.fine_labels for name in ("mlp-s0", "mlp-s1"))
+    assert f"mlp-s0 {100 * a.mean():.2f}%, mlp-s1 {100 * b.mean():.2f}%" in words
+    assert f"Only mlp-s0 is right on {(a & ~b).sum()} of them, only mlp-s1 on {(b & ~a).sum()}" in words
+    assert evaluate_main(trained, "--compare", "mlp-s0", "mlp-s0") == 0
+    assert "p = 1 " in capsys.readouterr().out
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -217,7 +229,7 @@ def place(trained: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Pla
     for source, name in (("mlp-s0", "mlp-s0"), ("mlp-s1", "another-name")):
         shutil.copytree(trained / source, place.results / name)
         claim_to_be_the_recipe(place.results / name)
-    monkeypatch.setattr(evaluate, "load_test_set",
+    monkeypatch.setattr(finished_runs, "load_test_set",
                         lambda data_dir, *, use_synthetic=False: load_test_set(data_dir, use_synthetic=True))
     monkeypatch.setattr(evaluate, "ROOT", tmp_path)
     monkeypatch.setattr(evaluate, "RESULTS_DIR", place.results)
@@ -240,7 +252,7 @@ def test_only_one_seed_of_a_recipe_keeps_its_weights(published: Place) -> None:
 
 
 def test_weights_too_large_to_keep_are_left_out(place: Place, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(evaluate, "MAX_WEIGHTS_BYTES", 1000)
+    monkeypatch.setattr(publish, "MAX_WEIGHTS_BYTES", 1000)
     assert place.main("--publish", "mlp-s0") == 0
     assert "model.safetensors" not in run_names(place.published / "mlp-s0")
     assert place.main("--check") == 0
@@ -250,8 +262,8 @@ def test_results_have_mean_and_spread_over_the_seeds(published: Place) -> None:
     (row,) = read_json(published.results / "results.json")
     assert row["recipe"] == "mlp"
     assert row["seeds"] == [0, 1]
-    test = evaluate.TestPictures("", synthetic=True)
-    each = [evaluate.measure(evaluate.FinishedRun(published.published / name, published=True).logits(test),
+    test = TestPictures("", synthetic=True)
+    each = [measure(FinishedRun(published.published / name, published=True).logits(test),
                              test.fine_labels, test.coarse_labels) for name in ("mlp-s0", "mlp-s1")]
     for name in ("top1", "top5", "superclass", "cross_entropy"):
         values = [numbers[name] for numbers in each]
@@ -360,7 +372,177 @@ def test_publishing_that_fails_half_way_publishes_nothing(
         patch.setattr(shutil, "copyfile", copy_until_the_disk_is_full)
         assert place.main("--publish", "mlp-s0") == 2
     error_line(capsys)
-    assert [run.name for run in evaluate.find_runs(place.results) if run.published] == []
+    assert [run.name for run in find_runs(place.results) if run.published] == []
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Near-duplicates and calibration
+# ---------------------------------------------------------------------------------------------------------------------
+
+
+def list_near_duplicates(place: Place, hashes: np.ndarray) -> None:
+    """Write what explore.py writes, of these test pictures."""
+    (place.results / "data").mkdir()
+    lines = [f"{one:016x},{1:016x},0.9,apple,apple\n" for one in hashes]
+    text = ["test_hash,train_hash,similarity,test_class,train_class\n", *lines, *lines[:1]]  # one is listed twice
+    (place.results / "data" / "near_duplicates.csv").write_text("".join(text))
+
+
+def test_accuracy_is_told_without_near_duplicates_too(published: Place, capsys: pytest.CaptureFixture[str]) -> None:
+    test = TestPictures("", synthetic=True)
+    right = FinishedRun(published.published / "mlp-s0", published=True).logits(test).argmax(1) == test.fine_labels
+    list_near_duplicates(published, test.hashes[right][:20])
+    without = (right.sum() - 20) / (len(right) - 20) * 100
+    assert published.main("--check") == 1  # results.json does not have it yet
+    assert published.main() == 0
+    (row,) = read_json(published.results / "results.json")
+    assert row["top1_without_duplicates"]["each"][0] == pytest.approx(without, abs=1e-4)
+    assert row["top1"]["each"][0] == pytest.approx(100 * right.mean(), abs=1e-4)
+    line = next(line for line in capsys.readouterr().out.splitlines() if line.startswith("published/mlp-s0"))
+    assert f" {without:.2f} " in line
+    assert published.main("--check") == 0
+
+
+def test_a_damaged_list_of_near_duplicates_is_refused(published: Place, capsys: pytest.CaptureFixture[str]) -> None:
+    list_near_duplicates(published, np.array([], dtype=np.uint64))
+    (published.results / "data" / "near_duplicates.csv").write_text("test_hash\nno hash\n")
+    assert published.main() == 2
+    assert "near_duplicates.csv" in error_line(capsys)
+
+
+@pytest.fixture
+def held_out(trained: Path, published: Place, monkeypatch: pytest.MonkeyPatch) -> Place:
+    """`published` and a run named `held-out` of the same recipe that claims to be on 45,000 pictures."""
+    shutil.copytree(trained / "mlp-s0", published.results / "held-out")
+    claim_to_be_the_recipe(published.results / "held-out")
+    edit_config(published.results / "held-out", command="python train_mlp.py --seed 0")
+    edit_settings(published.results / "held-out", train_on_all=False)
+    monkeypatch.setattr(publish, "load_cifar100", lambda data_dir: load_cifar100(data_dir, use_synthetic=True))
+    return published
+
+
+def test_calibration_keeps_the_held_out_pictures_logits(held_out: Place) -> None:
+    assert held_out.main("--calibrate", "held-out") == 0
+    folder = held_out.published / "calibration" / "mlp"
+    assert run_names(folder) == ["config.json", "val_predictions.npz"]
+    _, val = load_cifar100("", use_synthetic=True)
+    with np.load(folder / "val_predictions.npz") as file:
+        assert file["logits"].dtype == np.float16 and file["fine_labels"].dtype == np.uint8
+        assert np.array_equal(file["fine_labels"], val.fine_labels.numpy())
+        model = load_model(held_out.results / "held-out" / "model.safetensors")
+        np.testing.assert_allclose(file["logits"], model(val.images / 255).detach().numpy(), atol=0.02)
+    assert [run.name for run in find_runs(held_out.results) if run.published] == ["mlp-s0", "mlp-s1"]
+    assert held_out.main("--check") == 0
+    assert held_out.main("--calibrate", "held-out") == 0  # in place of the older one
+
+
+def test_a_calibration_of_other_settings_is_refused(documented: Place, capsys: pytest.CaptureFixture[str]) -> None:
+    """As after a recipe was changed, trained and published again."""
+    edit_settings(documented.published / "calibration" / "mlp", lr=0.02)
+    assert documented.main("--check") == 1
+    assert "lr: 0.01 and 0.02" in capsys.readouterr().out
+    assert documented.main("--figures", "mlp-s0") == 2
+    assert "lr: 0.01 and 0.02" in error_line(capsys)
+
+
+@pytest.mark.parametrize(("spoil", "reason"), [
+    (lambda run: edit_settings(run, train_on_all=True), "without --train-on-all"),
+    (lambda run: edit_settings(run, synthetic=True), "synthetic"),
+    (lambda run: edit_settings(run, lr=0.02), "lr: "),
+    (lambda run: edit_config(run, command="python train_mlp.py --lr 0.02 --seed 0"), "--lr 0.02"),
+    (lambda run: edit_config(run, git_changes=True), "clean commit"),
+    (unfinish, "no finished run"),
+])
+def test_what_must_not_calibrate_is_refused(
+    spoil: Callable[[Path], None], reason: str, held_out: Place, capsys: pytest.CaptureFixture[str]
+) -> None:
+    spoil(held_out.results / "held-out")
+    assert held_out.main("--calibrate", "held-out") == 2
+    assert reason in error_line(capsys)
+    assert "calibration" not in run_names(held_out.published)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Figures, report and blocks
+# ---------------------------------------------------------------------------------------------------------------------
+
+
+def test_figures_are_drawn_beside_the_documents(held_out: Place, capsys: pytest.CaptureFixture[str]) -> None:
+    assert held_out.main("--calibrate", "held-out") == 0
+    assert held_out.main("--figures", "mlp-s1") == 0
+    folder = held_out.results.parent / "docs" / "figures"
+    assert run_names(folder) == sorted(f"{name}.png" for name in (
+        "confusion", "classes", "confused", "mistakes", "reliability", "curves", "accuracy-parameters",
+        "accuracy-minutes"))
+    assert all(1000 < path.stat().st_size < 300_000 for path in folder.iterdir())
+    assert held_out.main("--figures", "held-out") == 2  # documents show published runs only
+    assert "held-out" in error_line(capsys)
+
+
+def test_the_report_is_of_the_published_runs(published: Place, monkeypatch: pytest.MonkeyPatch) -> None:
+    pytest.importorskip("jinja2")
+    monkeypatch.setattr(evaluate, "draw", lambda published, run: {})  # which takes seconds
+    assert published.main("--report", "mlp-s1") == 0
+    text = (published.results / "report.html").read_text()
+    assert "mlp-s0" in text and "mlp-s1" in text
+
+
+@pytest.fixture
+def documented(held_out: Place, capsys: pytest.CaptureFixture[str]) -> Place:
+    """Two recipes are published, one of them calibrated, and a document has every block that there is."""
+    shutil.copytree(held_out.published / "mlp-s0", held_out.published / "other-s0")
+    edit_settings(held_out.published / "other-s0", recipe="other")
+    folder = held_out.published / "overfit_batch" / "mlp"
+    shutil.copytree(ROOT / "results" / "published" / "overfit_batch" / "mlp", folder)
+    list_near_duplicates(held_out, TestPictures("", synthetic=True).hashes[:10])
+    assert held_out.main("--calibrate", "held-out") == 0
+    document = held_out.readme.parent / "docs" / "all.md"
+    document.parent.mkdir()
+    document.write_text("\n".join(f"above\n\n{START.format(name)}\n{END.format(name)}\n" for name in blocks.BLOCKS))
+    assert held_out.main() == 0
+    capsys.readouterr()
+    return held_out
+
+
+def test_every_block_is_written_and_holds(documented: Place) -> None:
+    text = (documented.readme.parent / "docs" / "all.md").read_text()
+    for expected in ("| mlp | ", "| MSE against the one-hot label | 0.01486 |", "knows these classes best",
+                     "10 are near-duplicates", "| ECE with it (points) |\n|---|---:|---:|---:|\n| mlp-s0 | ",
+                     "exact McNemar test"):
+        assert expected in text
+    assert text.count("above") == len(blocks.BLOCKS)
+    assert documented.main("--check") == 0
+
+
+def test_each_block_edited_by_hand_fails_the_check(documented: Place, capsys: pytest.CaptureFixture[str]) -> None:
+    document = documented.readme.parent / "docs" / "all.md"
+    whole = document.read_text()
+
+    def change_a_digit(name: str, text: str) -> str:
+        digit = next(at for at, character in enumerate(text) if character.isdigit())
+        return f"{text[:digit]}{(int(text[digit]) + 1) % 10}{text[digit + 1:]}"
+
+    document.write_text(blocks.with_blocks(whole, "all.md", change_a_digit))
+    assert documented.main("--check") == 1
+    lines = capsys.readouterr().out.splitlines()
+    assert len(lines) == len(blocks.BLOCKS)
+    assert all("all.md" in line and f"block {name} " in line for line, name in zip(lines, blocks.BLOCKS, strict=True))
+    assert documented.main() == 0
+    assert document.read_text() == whole
+
+
+def test_a_block_without_its_data_is_left_as_it_was_and_named(
+    documented: Place, capsys: pytest.CaptureFixture[str]
+) -> None:
+    document = documented.readme.parent / "docs" / "all.md"
+    document.write_text(f"{document.read_text()}{START.format('no-such')}\n{END.format('no-such')}\n")
+    shutil.rmtree(documented.published / "calibration")
+    before = document.read_text()
+    for flags, status in ((("--check",), 1), ((), 0)):
+        assert documented.main(*flags) == status
+        output = capsys.readouterr().out
+        assert "block calibration: " in output and "block no-such: " in output
+    assert document.read_text() == before
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -377,7 +559,7 @@ def scale_weights(run: Path, factor: float) -> None:
 
 def claim_the_weights(run: Path) -> None:
     """Make kept predictions say that they come from the weights beside them."""
-    digest = evaluate.hashlib.sha256((run / "model.safetensors").read_bytes()).hexdigest()
+    digest = hashlib.sha256((run / "model.safetensors").read_bytes()).hexdigest()
     with np.load(run / "predictions.npz") as file:
         kept = dict(file)
     np.savez_compressed(run / "predictions.npz", **{**kept, "weights_sha256": np.array(digest)})
@@ -463,39 +645,53 @@ def test_one_problem_does_not_hide_another(published: Place, capsys: pytest.Capt
 
 def test_publishing_nothing_does_not_pass_the_check(place: Place, capsys: pytest.CaptureFixture[str]) -> None:
     (place.results / "results.json").write_text("[]")
+    place.readme.write_text(f"{README}\n{START.format('classes')}\n{END.format('classes')}\n")
     assert place.main("--check") == 1
     assert "nothing is published" in capsys.readouterr().out
 
 
-@pytest.mark.parametrize("readme", ["no markers", evaluate.TABLE_START, evaluate.TABLE_END,
-                                    f"{evaluate.TABLE_END}\n{evaluate.TABLE_START}"])
-def test_a_readme_without_its_markers_is_refused(readme: str) -> None:
-    with pytest.raises(UserError, match="markers"):
-        evaluate.with_table(readme, "table")
+@pytest.mark.parametrize("readme", [
+    "no markers", START.format("results"), END.format("results"), f"{END.format('results')}\n{START.format('results')}",
+    f"{START.format('results')}\n{END.format('overfit')}", f"{README}\n{START.format('classes')}"])
+def test_a_readme_without_its_markers_is_refused(
+    readme: str, published: Place, capsys: pytest.CaptureFixture[str]
+) -> None:
+    published.readme.write_text(readme)
+    assert published.main("--check") == 1
+    assert "marker" in capsys.readouterr().out
+    assert published.main() == 2
+    assert "marker" in error_line(capsys)
+    assert published.readme.read_text() == readme
 
 
-def test_with_table_replaces_the_table_and_nothing_else() -> None:
-    once = evaluate.with_table(README, "| a |")
-    assert "| a |" in once
-    assert evaluate.with_table(once, "| b |") == once.replace("| a |", "| b |")
-    assert evaluate.with_table(once, "| a |") == once
+def test_with_blocks_replaces_a_blocks_text_and_nothing_else() -> None:
+    once = blocks.with_blocks(README, "README.md", lambda name, old: "| a |")
+    assert once == README.replace("-->\n<!--", "-->\n| a |\n<!--")
+    assert blocks.with_blocks(once, "README.md", lambda name, old: "| b |") == once.replace("| a |", "| b |")
+    assert blocks.with_blocks(once, "README.md", lambda name, old: old) == once
 
 
 def test_the_table_ranks_our_rows_among_the_cited_ones(published: Place) -> None:
     (row,) = read_json(published.results / "results.json")
     rows = [{**row, "recipe": name, "top1": {**row["top1"], "mean": mean}}
             for name, mean in (("weak", 0.5), ("strong", 50.0), ("stronger", 75.0))]
-    lines = evaluate.readme_table(rows).splitlines()
+    lines = readme_table(rows).splitlines()
     models = [line.split("|")[1].strip(" *") for line in lines[2:]]
-    cited = [entry["model"] for entry in sorted(evaluate.CITED, key=lambda entry: float(entry["top1"]))]
+    cited = [entry["model"] for entry in sorted(CITED, key=lambda entry: float(entry["top1"]))]
     assert [model for model in models if model in cited] == cited
     assert models[0] == "weak" and models[-1] == "stronger"
     assert cited[0] == models[1] and models.index("strong") < models.index("a human annotator")
     assert len({line.count("|") for line in lines}) == 1
 
 
-def test_the_committed_table_is_made_from_the_committed_results() -> None:
-    results, readme = ROOT / "results" / "results.json", ROOT / "README.md"
-    if not results.exists():
-        pytest.skip("nothing is published yet")
-    assert readme.read_text() == evaluate.with_table(readme.read_text(), evaluate.readme_table(read_json(results)))
+def test_the_committed_blocks_are_made_from_the_committed_results() -> None:
+    """As far as they can be made without the data set."""
+    made = {"results": readme_table(read_json(ROOT / "results" / "results.json")),
+            "overfit": overfit_table(read_json(ROOT / "results/published/overfit_batch/mlp/overfit.json")["readings"])}
+    found = []
+    for path in blocks.documents(ROOT):
+        text = path.read_text()
+        assert blocks.with_blocks(text, path.name, lambda name, old: made.get(name, old)) == text
+        found += [name for name, *_ in blocks.find_blocks(text, path.name)]
+    assert found.count("results") == 1 and found.count("overfit") == 2
+    assert set(found) <= set(blocks.BLOCKS)

@@ -8,8 +8,10 @@ import pytest
 
 ROOT = Path(__file__).resolve().parents[1]
 SOURCES = sorted(path for path in (*ROOT.glob("*.py"), *ROOT.glob("*/*.py")) if path.parent.name != "tests")
-MODULES = [path for path in SOURCES if path.parent.name != "benchmarks"]  # those may measure a script's own recipe
+USE_RECIPES = {"explore.py", "sanity_checks.py", "tune.py"}  # and benchmarks/: they train with what a script declares
+MODULES = [path for path in SOURCES if path.parent.name != "benchmarks" and path.name not in USE_RECIPES]
 SCRIPTS = sorted(path.stem for path in (*ROOT.glob("train_*.py"), ROOT / "evaluate.py"))
+EVALUATION = [ROOT / "evaluate.py", *sorted(ROOT.glob("evaluation/*.py"))]
 PROSE_AND_CODE = ("*.py", "*/*.py", "*.md", "*/*.md", "Makefile", "*.toml", "*.yml", ".ci/*", ".github/*/*")
 
 
@@ -51,17 +53,23 @@ def names_used(path: Path) -> set[str]:
 
 
 def test_only_who_reports_opens_the_test_set():
-    users = {path.name for path in SOURCES if "load_test_set" in names_used(path)}
-    assert "evaluate.py" in users
-    assert users <= {"evaluate.py", "explore.py"}
+    users = {str(path.relative_to(ROOT)) for path in SOURCES if "load_test_set" in names_used(path)}
+    assert "evaluation/runs.py" in users
+    assert users <= {"evaluation/runs.py", "explore.py"}
     ways_around = {"_load_official", "make_synthetic"}
     assert {path.name for path in SOURCES if ways_around & names_used(path)} == {"utils.py"}
 
 
-def test_evaluation_sees_no_optimizer():
-    evaluation = ROOT / "evaluate.py"
-    assert not {"engine", "torch.optim", "overfit"} & imports_in_turn(evaluation)
-    assert "optim" not in names_used(evaluation)
+@pytest.mark.parametrize("path", EVALUATION, ids=lambda path: str(path.relative_to(ROOT)))
+def test_evaluation_sees_no_optimizer(path):
+    assert not {"engine", "torch.optim", "overfit"} & imports_in_turn(path)
+    assert "optim" not in names_used(path)
+
+
+def test_who_trains_sees_no_test_pictures_by_way_of_evaluation():
+    training = {path.name: path for path in SOURCES if "optimizers" in imports_in_turn(path)}
+    assert training.keys() >= {"engine.py", "train_mlp.py", "train_cnn.py", "time_to_accuracy.py"}
+    assert [name for name, path in training.items() if "evaluation.runs" in imports_in_turn(path)] == []
 
 
 @pytest.mark.parametrize("path", sorted(ROOT.glob("models/*.py")), ids=lambda path: path.name)

@@ -1,0 +1,209 @@
+"""Tables and sentences in README.md and docs/ that are made from committed files, each between two markers.
+
+A block is `<!-- NAME: written by `COMMAND`, checked by `python evaluate.py --check` -->`, its text, and
+`<!-- end of NAME -->`. What its text should be, only the published runs and the labels of the test set say.
+"""
+
+import os
+import re
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from evaluation.metrics import (
+    Calibration,
+    calibration,
+    class_accuracy,
+    confused_pairs,
+    confusion_matrix,
+    fit_temperature,
+    softmax,
+)
+from evaluation.publish import CALIBRATION, read_calibration
+from evaluation.runs import FinishedRun, TestPictures
+from evaluation.tables import WITHOUT_DUPLICATES, by_recipe, comparison, readme_table, summarise
+from models import load_model
+from readings import overfit_table
+from runs import PUBLISHED, read_json, write_text
+from settings import ROOT
+from utils import UserError
+
+START = re.compile(r"<!-- (?P<name>[\w-]+): written by `[^`\n]+`, checked by `python evaluate\.py --check` -->")
+END = re.compile(r"<!-- end of (?P<name>[\w-]+) -->")
+DRAWING = Path("docs/figures/drawing.png")
+NAMED = 5  # of the best classes, the worst ones and the most confused pairs
+
+
+@dataclass(frozen=True)
+class Published:
+    """All that a block may be made from: the published runs and the real test pictures."""
+
+    results_dir: Path
+    runs: list[FinishedRun]
+    test: TestPictures
+
+    @cached_property
+    def rows(self) -> list[dict[str, Any]]:
+        """What `results.json` should hold."""
+        return summarise(self.runs, self.test)
+
+    @cached_property
+    def ranked(self) -> list[FinishedRun]:
+        """One run a recipe, the best recipe first. It is the first seed: picking the best one would be a choice made
+        on the test set. Raises UserError if nothing is published.
+        """
+        if not self.runs:
+            raise UserError(f"nothing is published in {self.results_dir / PUBLISHED}")
+        return [by_recipe(self.runs)[row["recipe"]][0] for row in reversed(self.rows)]
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# What stands in them
+# ---------------------------------------------------------------------------------------------------------------------
+
+
+def _results(published: Published) -> str:
+    return readme_table(published.rows)
+
+
+def _overfit(published: Published) -> str:
+    return overfit_table(read_json(published.results_dir / PUBLISHED / "overfit_batch/mlp/overfit.json")["readings"])
+
+
+def _classes(published: Published) -> str:
+    run, test = published.ranked[0], published.test
+    predicted, names = run.logits(test).argmax(1), [name.replace("_", " ") for name in test.fine_names]
+    accuracy = class_accuracy(predicted, test.fine_labels, len(names))
+    order = np.argsort(accuracy, kind="stable")
+    best, worst = (", ".join(f"{names[label]} {accuracy[label]:.0f}" for label in some)
+                   for some in (order[:-NAMED - 1:-1], order[:NAMED]))
+    pairs = confused_pairs(confusion_matrix(predicted, test.fine_labels, len(names)), NAMED)
+    confused = ", ".join(f"{names[label]} for {names[taken_for]} {times}" for label, taken_for, times in pairs)
+    return (f"`{run.name}` knows these classes best (% right): {best}; and these worst: {worst}. It most often takes "
+            f"(times in {len(test.hashes) // len(names)}): {confused}.")
+
+
+def _duplicates(published: Published) -> str:
+    test, count = published.test, int((~published.test.distinct).sum())
+    if not count:
+        raise UserError(f"{published.results_dir / 'data' / 'near_duplicates.csv'} names no test picture: "
+                        "run python explore.py")
+    rows = [f"| {row['recipe']} | {row['top1']['mean']:.2f} | {row[WITHOUT_DUPLICATES]['mean']:.2f} |"
+            for row in reversed(published.rows)]
+    return "\n".join([f"Of the {len(test.hashes):,} test pictures {count:,} are near-duplicates of training pictures.",
+                      "", "| recipe | test top-1 (%) | without near-duplicates (%) |", "|---|---:|---:|", *rows])
+
+
+def calibrations(published: Published, run: FinishedRun) -> dict[float, Calibration]:
+    """How sure and how right a run is, by temperature: 1 and, if its recipe is calibrated, what was fitted."""
+    logits, labels = run.logits(published.test).astype(np.float64), published.test.fine_labels
+    held_out = read_calibration(run, published.results_dir)
+    temperatures = [1.0] if held_out is None else [1.0, fit_temperature(*held_out)]
+    return {temperature: calibration(softmax(logits / temperature), labels) for temperature in temperatures}
+
+
+def _calibration(published: Published) -> str:
+    lines = ["| run | ECE as trained (points) | temperature | ECE with it (points) |", "|---|---:|---:|---:|"]
+    for run in published.ranked:
+        (_, before), *fitted = calibrations(published, run).items()
+        lines += [f"| {run.name} | {before.ece:.2f} | {temperature:.3f} | {after.ece:.2f} |"
+                  for temperature, after in fitted]
+    if len(lines) == 2:
+        raise UserError(f"{published.results_dir / PUBLISHED / CALIBRATION} holds nothing: train a recipe without "
+                        "--train-on-all and run python evaluate.py --calibrate on it")
+    return "\n".join(lines)
+
+
+def _compare(published: Published) -> str:
+    if len(published.ranked) < 2:
+        raise UserError("there are no two published recipes to compare")
+    return comparison(*published.ranked[:2], published.test)
+
+
+def _prediction(published: Published) -> str:
+    from predict import answers, find_weights, in_words  # here: it is what readers import, and brings Pillow
+
+    weights = find_weights(None, published.results_dir)
+    answer = {**next(answers(load_model(weights), [ROOT / DRAWING])), "file": str(DRAWING)}
+    network = f"the network of {os.path.relpath(weights, ROOT)}"
+    return "\n".join(["```", f"$ python predict.py {DRAWING}", network, in_words(answer), "```"])
+
+
+BLOCKS: dict[str, Callable[[Published], str]] = {
+    "results": _results, "overfit": _overfit, "classes": _classes, "duplicates": _duplicates,
+    "calibration": _calibration, "compare": _compare, "prediction": _prediction,
+}
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Where they stand
+# ---------------------------------------------------------------------------------------------------------------------
+
+
+def documents(root: Path) -> list[Path]:
+    return [root / "README.md", *sorted((root / "docs").glob("*.md"))]
+
+
+def find_blocks(text: str, document: str) -> Iterator[tuple[str, int, int]]:
+    """Name, and where its text begins and ends, of each block. Raises UserError if one has lost a marker."""
+    markers = sorted([*START.finditer(text), *END.finditer(text)], key=re.Match.start)
+    for start, end in zip(markers[::2], [*markers[1::2], None], strict=False):
+        if end is None or start.re is END or end.re is START or start["name"] != end["name"]:
+            raise UserError(f"{document} has lost one of the two markers around its block {start['name']}: "
+                            "put it back as it was")
+        yield start["name"], start.end(), end.start()
+
+
+def with_blocks(text: str, document: str, write: Callable[[str, str], str]) -> str:
+    """The document with each block's text replaced by what `write` gives for its name and that text."""
+    parts, done = [], 0
+    for name, begins, ends in find_blocks(text, document):
+        parts += [text[done:begins], "\n", write(name, text[begins:ends].strip("\n")), "\n"]
+        done = ends
+    return "".join([*parts, text[done:]])
+
+
+def renewed(path: Path, published: Published, root: Path) -> tuple[str, list[str], list[str]]:
+    """A document with its blocks as they should be, which of them are not so, and why some cannot be told."""
+    stale, problems, document = [], [], str(path.relative_to(root))
+
+    def write(name: str, old: str) -> str:
+        try:
+            if name not in BLOCKS:
+                raise UserError(f"there is no such block; there are: {', '.join(BLOCKS)}")
+            text = BLOCKS[name](published)
+        except UserError as problem:
+            problems.append(f"{document}, block {name}: {problem}")
+            return old
+        stale.extend([name] if text != old else [])
+        return text
+
+    text = path.read_text(encoding="utf-8")
+    if path.name == "README.md" and not any(name == "results" for name, *_ in find_blocks(text, document)):
+        raise UserError("README.md has lost the markers around its results table")
+    return with_blocks(text, document, write), stale, problems
+
+
+def renew_blocks(published: Published, root: Path) -> list[str]:
+    """Write every document anew; returns why some blocks were left as they were, a line each."""
+    problems = []
+    for path in documents(root):
+        text, stale, missing = renewed(path, published, root)
+        problems += missing
+        if stale:
+            write_text(path, text)
+    return problems
+
+
+def check_blocks(published: Published, root: Path) -> list[str]:
+    """What stands in a document's block but is not what the published files give, a line each."""
+    problems = []
+    for path in documents(root):
+        _, stale, missing = renewed(path, published, root)
+        problems += missing + [f"{path.relative_to(root)}: the block {name} is not what the published files give: "
+                               "run python evaluate.py" for name in stale]
+    return problems

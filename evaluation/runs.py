@@ -1,0 +1,163 @@
+"""Finished runs, the test pictures, and the logits that the ones give the others."""
+
+import csv
+import hashlib
+import re
+from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+
+from evaluation.metrics import average
+from models import load_model
+from runs import PUBLISHED, read_json, replacing
+from utils import UserError, compute_logits, load_test_set, picture_hashes
+
+
+class TestPictures:
+    """The test set in the order of its pictures' hashes, the same for every distribution of the files.
+
+    images: uint8 [N, 3, 32, 32], a tensor; hashes: uint64 [N], fine_labels and coarse_labels: int64 [N], arrays;
+    distinct: bool [N], which are not in the list of near-duplicates, a CSV file with their hashes as `test_hash`.
+    """
+
+    __test__ = False  # it is no test, whatever pytest makes of its name
+
+    def __init__(self, data_dir: str, *, synthetic: bool = False, near_duplicates: Path | None = None) -> None:
+        split = load_test_set(data_dir, use_synthetic=synthetic)
+        hashes = picture_hashes(split.images)
+        order = torch.from_numpy(np.argsort(hashes, kind="stable"))
+        self.hashes = hashes[order.numpy()]
+        self.images = split.images[order]
+        self.fine_labels, self.coarse_labels = split.fine_labels[order].numpy(), split.coarse_labels[order].numpy()
+        self.fine_names, self.coarse_names = split.fine_names, split.coarse_names
+        listed = _read_hashes(near_duplicates) if near_duplicates and not synthetic else []
+        self.distinct = ~np.isin(self.hashes, np.array(listed, dtype=np.uint64))
+
+
+def _read_hashes(path: Path) -> list[int]:
+    """The pictures that a list of near-duplicates names; none if there is no list."""
+    if not path.exists():
+        return []
+    try:
+        with open(path, newline="") as file:
+            return [int(row["test_hash"], 16) for row in csv.DictReader(file)]
+    except (KeyError, TypeError, ValueError) as error:
+        raise UserError(f"{path} has no column test_hash of 16 hexadecimal digits: make it again with "
+                        "python explore.py") from error
+
+
+@dataclass(frozen=True)
+class FinishedRun:
+    """A run's folder, read. What is missing or damaged in it raises UserError."""
+
+    folder: Path
+    published: bool = False
+
+    @property
+    def name(self) -> str:
+        return self.folder.name
+
+    @property
+    def label(self) -> str:
+        """What it is called on the command line, where a user's own run may have the same name."""
+        return f"{PUBLISHED}/{self.name}" if self.published else self.name
+
+    @cached_property
+    def config(self) -> dict[str, Any]:
+        return self._read("config.json", "settings", "command", "git_changes")
+
+    @cached_property
+    def result(self) -> dict[str, Any]:
+        return self._read("result.json", "parameters", "train_seconds", "train_flops", "machine")
+
+    def _read(self, file: str, *needed: str) -> dict[str, Any]:
+        content = read_json(self.folder / file)
+        missing = [key for key in needed if not isinstance(content, dict) or key not in content]
+        if missing:
+            raise UserError(f"{self.folder / file} lacks {', '.join(missing)}: was it made by another version?")
+        return content
+
+    @property
+    def settings(self) -> dict[str, Any]:
+        return self.config["settings"]
+
+    @property
+    def synthetic(self) -> bool:
+        return self.settings["synthetic"]
+
+    @property
+    def recipe(self) -> str:
+        return self.settings["recipe"]
+
+    @property
+    def seed(self) -> int:
+        return self.settings["seed"]
+
+    @property
+    def recipe_command(self) -> str:
+        """The command that made it, without the seed."""
+        return re.sub(r" --seed \d+$", "", self.config["command"])
+
+    @property
+    def weights(self) -> Path:
+        return self.folder / "model.safetensors"
+
+    def weights_digest(self) -> str:
+        return hashlib.sha256(self.weights.read_bytes()).hexdigest()
+
+    def curves(self) -> dict[str, list[float]]:
+        """The columns of `metrics.csv`, one value an epoch; NaN where there was no validation."""
+        path = self.folder / "metrics.csv"
+        try:
+            with open(path, newline="") as file:
+                rows = [{name: float(value or "nan") for name, value in row.items()} for row in csv.DictReader(file)]
+            return {name: [row[name] for row in rows] for name in rows[0]}
+        except (OSError, ValueError, IndexError) as error:
+            raise UserError(f"{path} is missing or damaged ({error})") from error
+
+    def logits(self, test: TestPictures) -> np.ndarray:
+        """float16 [N, 100] in the order of `test`: kept ones if they are those of the weights, else computed and kept.
+
+        Published predictions are what is published, so they are never computed anew; `check` compares them with the
+        weights. Raises UserError if kept predictions are of other pictures or, in a published run, missing.
+        """
+        path = self.folder / "predictions.npz"
+        if path.exists():
+            logits, hashes, of_weights = read_predictions(path)
+            if self.published or of_weights == self.weights_digest():
+                if not np.array_equal(hashes, test.hashes):
+                    raise UserError(f"{path} has predictions for other pictures than this test set's: delete it")
+                return logits
+        elif self.published:
+            raise UserError(f"{path} is missing: publish this run again")
+        logits = compute_logits(load_model(self.weights), test.images).numpy().astype(np.float16)
+        with replacing(path) as partial, open(partial, "wb") as file:
+            np.savez_compressed(file, logits=logits, hash=test.hashes, weights_sha256=np.array(self.weights_digest()))
+        return logits
+
+    def flip_averaged(self, test: TestPictures) -> np.ndarray:
+        """Log-probabilities, float64 [N, 100], averaged over each picture and its mirror image. Needs the weights."""
+        if not self.weights.exists():
+            raise UserError(f"{self.folder} keeps no weights to look at mirror images with: name another seed")
+        return average([self.logits(test), compute_logits(load_model(self.weights), test.images.flip(3)).numpy()])
+
+
+def read_predictions(path: Path) -> tuple[np.ndarray, np.ndarray, str]:
+    """logits float16 [N, 100], hashes uint64 [N], and the SHA-256 of the weights they came from."""
+    try:
+        with np.load(path, allow_pickle=False) as file:
+            return file["logits"], file["hash"], str(file["weights_sha256"])
+    except Exception as error:  # numpy raises nearly anything for a damaged archive
+        raise UserError(f"{path} is damaged ({type(error).__name__}): delete it and evaluate again") from error
+
+
+def find_runs(results_dir: Path) -> list[FinishedRun]:
+    """Every finished run that has weights or, where published, predictions: a user's own, then the published ones."""
+    own, published = (sorted(path for path in folder.glob("*/result.json") if not path.parent.name.startswith("."))
+                      for folder in (results_dir, results_dir / PUBLISHED))
+    return [FinishedRun(path.parent) for path in own if (path.parent / "model.safetensors").exists()] \
+        + [FinishedRun(path.parent, published=True) for path in published]
