@@ -1,0 +1,160 @@
+"""Looking at the data: copies are found and strangers are not, the views are the training's, the script writes all."""
+
+import csv
+from pathlib import Path
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+import explore
+import train_cnn
+import train_mlp
+from settings import Script, Settings, exit_status
+from tests.helpers import drawn_once, error_line  # noqa: F401 (the first is a fixture)
+from utils import Split, load_cifar100, load_test_set, picture_hashes, to_float
+
+FIGURES = {"superclasses.png", "means.png", "extremes.png", "inputs.png", "inputs_mlp.png", "near_duplicates.png"}
+LISTS = {"label_counts.csv", "near_duplicates.csv"}
+STILL = dict(flip=False, crop=0, jitter=0.0, mixup=0.0, device="cpu")  # no augmentation
+
+
+@pytest.fixture(scope="module")
+def split() -> Split:
+    return load_cifar100("", use_synthetic=True)[0][torch.arange(600)]
+
+
+def run(*flags: str) -> int:
+    return exit_status(lambda: explore.main(list(flags)))
+
+
+def blobs(pictures: int, seed: int) -> Tensor:
+    """Smooth coloured pictures, uint8 [N, 3, 32, 32], no two alike."""
+    generator = torch.Generator().manual_seed(seed)
+    small = torch.rand(pictures, 3, 9, 9, generator=generator)
+    return (255 * F.interpolate(small, 32, mode="bilinear")).to(torch.uint8)
+
+
+# ---- near-duplicates ----
+
+
+@pytest.mark.parametrize("change", [
+    pytest.param(lambda images: images, id="itself"),
+    pytest.param(lambda images: images.flip(3), id="mirrored"),
+    pytest.param(lambda images: images.roll((2, -1), (2, 3)), id="shifted"),
+    pytest.param(lambda images: (images * 0.6 + 40).to(torch.uint8), id="paler"),
+    pytest.param(lambda images: (images.flip(3).roll(1, 3) * 0.8).to(torch.uint8), id="mirrored, shifted and darker"),
+])
+def test_a_changed_copy_is_found(change):
+    train = blobs(400, seed=0)
+    copied = torch.arange(0, 400, 20)
+    matches = explore.match(change(train[copied]), train)
+    assert torch.equal(matches.train, copied)
+    assert (matches.similarity >= explore.SIMILAR).all()
+    assert sorted(matches.near_duplicates.tolist()) == list(range(len(copied)))
+
+
+def test_another_picture_is_not_found():
+    assert not len(explore.match(blobs(50, seed=1), blobs(400, seed=0)).near_duplicates)
+
+
+def test_a_picture_of_one_colour_is_like_nothing():
+    plain = torch.full((1, 3, 32, 32), 200, dtype=torch.uint8)
+    assert not len(explore.match(plain, blobs(400, seed=0)).near_duplicates)
+
+
+def test_the_list_names_both_pictures_by_their_hashes_the_most_similar_first(split):
+    images = torch.cat([blobs(3, seed=1), (split.images[[7]] * 0.6).to(torch.uint8), split.images[[5]]])
+    labels = torch.zeros(5, dtype=torch.int64)
+    test = Split(images, labels, labels, split.fine_names, split.coarse_names)
+    rows = explore.near_duplicate_rows(explore.match(test.images, split.images), test, split)
+    assert [row[0] for row in rows] == [f"{name:016x}" for name in picture_hashes(images[[4, 3]])]
+    assert [row[1] for row in rows] == [f"{name:016x}" for name in picture_hashes(split.images[[5, 7]])]
+    assert rows[0][2] == "1.0000"
+    assert rows[0][3:] == [split.fine_names[0], split.fine_names[split.fine_labels[5]]]
+
+
+# ---- numbers ----
+
+
+def test_brightness_contrast_and_saturation_of_pictures_that_have_known_ones():
+    black, white, red, halves = torch.zeros(4, 3, 32, 32, dtype=torch.uint8)
+    white[:], red[0], halves[:, :, 16:] = 255, 255, 255
+    images = torch.stack([black, white, red, halves])
+    assert explore.brightness(images).tolist() == pytest.approx([0, 100, 100 / 3, 50])
+    assert explore.contrast(images).tolist() == pytest.approx([0, 0, 0, 50], abs=1e-4)
+    assert explore.saturation(images).tolist() == pytest.approx([0, 0, 100, 0])
+
+
+def test_extremes_are_the_ends_of_the_values():
+    values = torch.randperm(100, generator=torch.Generator().manual_seed(0)).float()
+    least, most = explore.extremes(values)
+    assert values[least].tolist() == list(range(explore.EXTREMES))
+    assert values[most].tolist() == [99 - i for i in range(explore.EXTREMES)]
+
+
+def test_a_mean_picture_is_that_of_its_class(split):
+    of_class = split.images[split.fine_labels == 42]
+    assert torch.allclose(explore.mean_pictures(split)[42], of_class.float().mean(0) / 255, atol=1e-5)
+
+
+# ---- what enters a network ----
+
+
+def views(script: Script, settings: Settings, split: Split, epochs: range = range(1)) -> list[Tensor]:
+    return explore.network_inputs(script, settings, split, [0, 3, 599], epochs)
+
+
+def test_without_augmentation_the_pictures_enter_as_they_are_stored(split):
+    settings = train_cnn.SCRIPT.recipe_settings("fast", **STILL, sides=(32,))
+    assert torch.equal(views(train_cnn.SCRIPT, settings, split)[0], to_float(split.images[[0, 3, 599]]))
+
+
+def test_the_normalisation_of_the_mlp_is_undone(split):
+    settings = train_mlp.SCRIPT.recipe_settings("mlp", **STILL, side=16)
+    expected = F.avg_pool2d(to_float(split.images[[0, 3, 599]]), 2)
+    assert torch.allclose(views(train_mlp.SCRIPT, settings, split)[0], expected, atol=1e-5)
+
+
+def test_the_views_follow_the_recipe_from_epoch_to_epoch(split):
+    settings = train_cnn.SCRIPT.recipe_settings("fast", **{**STILL, "flip": True}, sides=(16, 32), epochs=4)
+    seen = views(train_cnn.SCRIPT, settings, split, range(4))
+    assert [view.shape[2] for view in seen] == [16, 16, 32, 32]
+    assert torch.equal(seen[2], seen[3].flip(3))  # alternating flips
+
+
+# ---- the script ----
+
+
+@pytest.fixture(scope="module")
+def explored(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The folder that the script writes about the synthetic pictures."""
+    results_dir = tmp_path_factory.mktemp("explored")
+    assert run("--synthetic", "--results-dir", str(results_dir)) == 0
+    return results_dir / "data-synthetic"
+
+
+def test_the_script_writes_its_pictures_and_lists(explored):
+    assert {path.name for path in explored.iterdir()} == FIGURES | LISTS
+    for name in FIGURES:
+        assert (explored / name).read_bytes().startswith(b"\x89PNG")
+        assert (explored / name).stat().st_size < 400_000  # of photographs, with less noise, less than 300 kB
+
+
+def test_the_lists_can_be_read(explored):
+    with open(explored / "label_counts.csv", newline="") as file:
+        counts = list(csv.DictReader(file))
+    assert len({row["class"] for row in counts}) == 100
+    assert {(row["training"], row["held-out"], row["test"]) for row in counts} == {("50", "10", "20")}
+    with open(explored / "near_duplicates.csv", newline="") as file:
+        pairs = list(csv.DictReader(file))
+    test = {int(name) for name in picture_hashes(load_test_set("", use_synthetic=True).images)}
+    assert all(int(row["test_hash"], 16) in test and len(row["test_hash"]) == 16 for row in pairs)
+
+
+def test_a_damaged_data_set_is_one_line(tmp_path, capsys):
+    (tmp_path / "cifar-100-binary").mkdir()
+    (tmp_path / "cifar-100-binary" / "train.bin").write_bytes(b"abc")
+    assert run("--data-dir", str(tmp_path), "--results-dir", str(tmp_path)) == 2
+    assert "train.bin has 3 bytes" in error_line(capsys)
