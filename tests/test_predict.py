@@ -1,0 +1,381 @@
+"""Classifying pictures of any kind, what is said of files that are none, whose weights are taken, and the export."""
+
+import json
+import random
+import struct
+import sys
+import zlib
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image, ImageFile
+from torch import Tensor
+
+import predict
+from models import create_model, save_model
+from predict import classify, find_weights, read_picture
+from settings import exit_status
+from tests.helpers import ROOT, error_line
+from utils import COARSE_NAMES, COARSE_OF_FINE, FINE_NAMES, UserError
+
+RED, BLUE = (250, 10, 20), (10, 30, 240)
+
+
+@pytest.fixture(scope="module")
+def results_dir(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A results folder with two published recipes, of which the better has weights for seed 1 only, and an own run."""
+    folder = tmp_path_factory.mktemp("results")
+    for seed, run in enumerate(("published/good-s0", "published/good-s1", "published/poor-s0", "mine", "drawn")):
+        torch.manual_seed(seed)
+        (folder / run).mkdir(parents=True)
+        config = {"settings": {"synthetic": run == "drawn"}, "command": "", "git_changes": False}
+        (folder / run / "config.json").write_text(json.dumps(config))
+        (folder / run / "result.json").write_text("{}")
+        if run != "published/good-s0":
+            save_model(create_model("mlp", widths=(8,)), folder / run / "model.safetensors")
+    rows = [{"recipe": "poor", "seeds": [0], "top1": {"mean": 20.0}},
+            {"recipe": "good", "seeds": [0, 1], "top1": {"mean": 30.0}}]
+    (folder / "results.json").write_text(json.dumps(rows))
+    return folder
+
+
+@pytest.fixture
+def halves() -> Image.Image:
+    """64 x 64 pixels: red above blue."""
+    image = Image.new("RGB", (64, 64), RED)
+    image.paste(BLUE, (0, 32, 64, 64))
+    return image
+
+
+def run(results_dir: Path, *words: str | Path) -> int:
+    return exit_status(lambda: predict.main([*map(str, words), "--results-dir", str(results_dir)]))
+
+
+def run_json(results_dir: Path, capsys: pytest.CaptureFixture[str], *words: str | Path) -> tuple[int, list]:
+    status = run(results_dir, *words, "--json")
+    return status, json.loads(capsys.readouterr().out)
+
+
+def colour(picture: Tensor, row: int, column: int) -> tuple[int, ...]:
+    return tuple(picture[:, row, column].tolist())
+
+
+def near(a: tuple[int, ...], b: tuple[int, ...], within: int = 12) -> bool:
+    return max(abs(x - y) for x, y in zip(a, b, strict=True)) <= within
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# What is read
+# ---------------------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("suffix", ["png", "jpg", "webp", "gif", "bmp", "tif", "ppm"])
+def test_a_picture_is_the_same_in_every_format(tmp_path: Path, halves: Image.Image, suffix: str) -> None:
+    halves.save(tmp_path / f"x.{suffix}")
+    picture = read_picture(tmp_path / f"x.{suffix}")
+    assert picture.dtype == torch.uint8 and picture.shape == (3, 32, 32)
+    assert near(colour(picture, 4, 4), RED) and near(colour(picture, 28, 28), BLUE)
+
+
+@pytest.mark.parametrize("mode", ["1", "L", "P", "LA", "RGBA", "CMYK", "I;16", "I", "F"])
+def test_every_mode_has_its_brightness(tmp_path: Path, mode: str) -> None:
+    levels = np.repeat(np.repeat(np.uint8([[0, 255], [255, 0]]), 20, 0), 20, 1)
+    image = Image.fromarray(levels)
+    if mode in ("I;16", "I"):
+        image = Image.fromarray(levels.astype(np.uint16 if mode == "I;16" else np.int32) * 257)
+    else:
+        image = image.convert(mode)
+    assert image.mode == mode
+    image.save(tmp_path / "x.tif")
+    picture = read_picture(tmp_path / "x.tif")
+    for row, column, level in ((4, 4, 0), (4, 28, 255), (28, 4, 255), (28, 28, 0)):
+        assert near(colour(picture, row, column), (level,) * 3, within=3)
+
+
+@pytest.mark.parametrize("suffix", ["png", "tif"])
+def test_sixteen_bits_of_grey_are_scaled_and_not_cut_off(tmp_path: Path, suffix: str) -> None:
+    Image.fromarray(np.full((40, 40), 100 * 257, np.uint16)).save(tmp_path / f"x.{suffix}")
+    assert read_picture(tmp_path / f"x.{suffix}").unique().tolist() == [100]
+
+
+def test_what_is_transparent_is_white(tmp_path: Path, halves: Image.Image) -> None:
+    alpha = Image.new("L", halves.size, 255)
+    alpha.paste(0, (0, 0, 64, 32))
+    halves.putalpha(alpha)
+    halves.save(tmp_path / "rgba.png")
+    halves.save(tmp_path / "palette.gif")
+    board = np.where(np.indices((64, 64)).sum(0)[..., None] % 2, np.uint8(RED), np.uint8(BLUE))
+    Image.fromarray(board).save(tmp_path / "keyed.png", transparency=RED)  # in every second pixel
+    for file in ("rgba.png", "palette.gif"):
+        assert colour(read_picture(tmp_path / file), 4, 4) == (255, 255, 255), file
+        assert near(colour(read_picture(tmp_path / file), 28, 4), BLUE), file
+    assert near(colour(read_picture(tmp_path / "keyed.png"), 9, 9), tuple((255 + level) // 2 for level in BLUE))
+
+
+@pytest.mark.parametrize("suffix", ["jpg", "png", "webp", "tif"])
+@pytest.mark.parametrize("orientation", range(1, 9))
+def test_a_camera_held_otherwise_does_not_matter(
+    tmp_path: Path, halves: Image.Image, orientation: int, suffix: str
+) -> None:
+    """The picture is stored turned by the inverse of what its EXIF says, in a frame wider than high or the reverse."""
+    undo = {2: Image.Transpose.FLIP_LEFT_RIGHT, 3: Image.Transpose.ROTATE_180, 4: Image.Transpose.FLIP_TOP_BOTTOM,
+            5: Image.Transpose.TRANSPOSE, 6: Image.Transpose.ROTATE_90, 7: Image.Transpose.TRANSVERSE,
+            8: Image.Transpose.ROTATE_270}
+    upright = Image.new("RGB", (100, 64), "green")  # green on both sides, which are not in the middle square
+    upright.paste(halves, (18, 0))
+    upright.paste("white", (18, 0, 50, 32))
+    stored = upright.transpose(undo[orientation]) if orientation in undo else upright
+    exif = Image.Exif()
+    exif[0x0112] = orientation
+    stored.save(tmp_path / f"x.{suffix}", exif=exif)
+    picture = read_picture(tmp_path / f"x.{suffix}")
+    corners = [colour(picture, row, column) for row in (4, 28) for column in (4, 28)]
+    for found, expected in zip(corners, ((255, 255, 255), RED, BLUE, BLUE), strict=True):
+        assert near(found, expected, within=25)
+
+
+@pytest.mark.parametrize("size", [(1, 1), (1, 400), (3, 2), (31, 33), (4000, 3000)])
+def test_any_size_will_do(tmp_path: Path, size: tuple[int, int]) -> None:
+    for suffix in ("png", "jpg"):
+        Image.new("RGB", size, BLUE).save(tmp_path / f"x.{suffix}")
+        picture = read_picture(tmp_path / f"x.{suffix}")
+        assert picture.shape == (3, 32, 32)
+        assert near(colour(picture, 0, 0), BLUE) and near(colour(picture, 31, 31), BLUE)
+
+
+@pytest.mark.parametrize("mode", ["L", "P", "1"])
+def test_fine_patterns_are_averaged(tmp_path: Path, mode: str) -> None:
+    """A chequerboard of single pixels becomes grey; without antialiasing it becomes black, white or stripes."""
+    board = np.uint8(255 * (np.indices((320, 320)).sum(0) % 2))
+    Image.fromarray(board).convert(mode).save(tmp_path / "x.png")
+    picture = read_picture(tmp_path / "x.png")
+    assert int(picture.min()) >= 120 and int(picture.max()) <= 135
+
+
+def test_a_picture_of_cifars_own_size_stays_as_it_is(tmp_path: Path) -> None:
+    pixels = np.random.default_rng(0).integers(0, 256, (32, 32, 3), dtype=np.uint8)
+    Image.fromarray(pixels).save(tmp_path / "x.png")
+    assert np.array_equal(read_picture(tmp_path / "x.png").permute(1, 2, 0).numpy(), pixels)
+
+
+def test_an_animation_is_its_first_frame(tmp_path: Path) -> None:
+    Image.new("RGB", (40, 40), RED).save(tmp_path / "x.gif", save_all=True,
+                                         append_images=[Image.new("RGB", (40, 40), BLUE)])
+    assert near(colour(read_picture(tmp_path / "x.gif"), 9, 9), RED)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# What is said
+# ---------------------------------------------------------------------------------------------------------------------
+
+
+def test_five_classes_with_their_superclasses_the_likeliest_first(
+    results_dir: Path, tmp_path: Path, halves: Image.Image, capsys: pytest.CaptureFixture[str]
+) -> None:
+    halves.save(tmp_path / "x.png")
+    assert run(results_dir, tmp_path / "x.png") == 0
+    network, file, *guesses = capsys.readouterr().out.splitlines()
+    assert "good-s1" in network and file == str(tmp_path / "x.png") and len(guesses) == 5
+    status, (answer,) = run_json(results_dir, capsys, tmp_path / "x.png")
+    assert status == 0 and answer.keys() == {"file", "guesses"}
+    probabilities = [guess["probability"] for guess in answer["guesses"]]
+    assert probabilities == sorted(probabilities, reverse=True) and 0 < sum(probabilities) <= 1
+    for line, guess in zip(guesses, answer["guesses"], strict=True):
+        assert guess["superclass"] == COARSE_NAMES[COARSE_OF_FINE[FINE_NAMES.index(guess["class"])]]
+        assert line.split()[-2:] == [guess["class"], guess["superclass"]]
+        assert line.split()[0] == f"{guess['probability']:.1%}"
+
+
+def test_probabilities_are_those_of_the_networks_logits() -> None:
+    torch.manual_seed(0)
+    model, picture = create_model("mlp", widths=(8,)).eval(), torch.randint(256, (3, 32, 32), dtype=torch.uint8)
+    with torch.no_grad():
+        expected = model(picture[None] / 255)[0].softmax(0)
+    guesses = classify(model, picture, count=100)
+    assert [guess.name for guess in guesses] == [FINE_NAMES[fine] for fine in expected.argsort(descending=True)]
+    torch.testing.assert_close(torch.tensor([guess.probability for guess in guesses]), expected.sort().values.flip(0))
+
+
+def test_of_a_folder_every_picture_and_nothing_else(
+    results_dir: Path, tmp_path: Path, halves: Image.Image, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (tmp_path / "inside").mkdir()
+    for name in ("b.png", "a.JPG", ".hidden.png", "inside/c.png"):
+        halves.save(tmp_path / name)
+    (tmp_path / "notes.txt").write_text("not a picture")
+    (tmp_path / "broken.png").write_bytes(b"nor this")
+    status, told = run_json(results_dir, capsys, tmp_path)
+    assert [Path(answer["file"]).name for answer in told] == ["a.JPG", "b.png", "broken.png"]
+    assert [set(answer) - {"file"} for answer in told] == [{"guesses"}, {"guesses"}, {"error"}]
+    assert status == 1
+
+
+def test_a_file_that_is_no_picture_has_one_line_and_the_others_are_answered(
+    results_dir: Path, tmp_path: Path, halves: Image.Image, capsys: pytest.CaptureFixture[str]
+) -> None:
+    halves.save(tmp_path / "x.png")
+    (tmp_path / "empty").mkdir()
+    (tmp_path / "text.png").write_text("hello")
+    (tmp_path / "odd\nname\x1b[31m").write_text("hello")
+    for bad in ("text.png", "missing.png", "empty", "odd\nname\x1b[31m"):
+        assert run(results_dir, tmp_path / bad, tmp_path / "x.png") == 1
+        captured = capsys.readouterr()
+        assert captured.err.startswith(f"error: {tmp_path}") and captured.err.count("\n") == 1
+        assert "\x1b" not in captured.err and "Traceback" not in captured.err
+        assert len(captured.out.splitlines()) == 7
+
+
+def bomb(width: int, height: int) -> bytes:
+    """A PNG whose header promises a picture of this size, which it does not have."""
+    def chunk(kind: bytes, content: bytes) -> bytes:
+        return struct.pack(">I", len(content)) + kind + content + struct.pack(">I", zlib.crc32(kind + content))
+    header = struct.pack(">IIBBBBB", width, height, 8, 6, 0, 0, 0)
+    return b"\x89PNG\r\n\x1a\n" + chunk(b"IHDR", header) + chunk(b"IDAT", zlib.compress(bytes(1000))) \
+        + chunk(b"IEND", b"")
+
+
+@pytest.mark.parametrize("size", [(8001, 8000), (12_000, 12_000), (30_000, 30_000), (2**31 - 1, 2**31 - 1)])
+def test_a_header_that_promises_too_many_pixels_is_refused_before_decoding(
+    tmp_path: Path, size: tuple[int, int], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "x.png").write_bytes(bomb(*size))
+    monkeypatch.setattr(ImageFile.ImageFile, "load", lambda image: pytest.fail("it was decoded"))
+    with pytest.raises(UserError, match="more than 64,000,000 pixels"):
+        read_picture(tmp_path / "x.png")
+
+
+def test_a_file_that_is_too_large_is_refused_unread(tmp_path: Path) -> None:
+    with open(tmp_path / "x.webp", "wb") as file:
+        file.write(b"RIFF\xff\xff\xff\x7fWEBPVP8 ")
+        file.truncate(2**30)
+    with pytest.raises(UserError, match="bytes"):
+        read_picture(tmp_path / "x.webp")
+
+
+def test_postscript_is_not_run(tmp_path: Path, halves: Image.Image) -> None:
+    halves.save(tmp_path / "x.eps")
+    with pytest.raises(UserError, match="format that is not read"):
+        read_picture(tmp_path / "x.eps")
+
+
+@pytest.mark.parametrize("suffix", ["png", "jpg", "gif", "webp", "bmp", "tif", "ico", "jp2"])
+def test_damage_of_any_kind_is_survived_in_silence(
+    tmp_path: Path, halves: Image.Image, suffix: str, capfd: pytest.CaptureFixture[str]
+) -> None:
+    """Cut short or with bytes changed, a file gives a picture or one line, and no decoder writes to stderr."""
+    extra = {"compression": "tiff_lzw"} if suffix == "tif" else {}
+    halves.save(tmp_path / f"x.{suffix}", **extra)
+    content, generator = (tmp_path / f"x.{suffix}").read_bytes(), random.Random(suffix)
+    for attempt in range(40):
+        damaged = bytearray(content)
+        for _ in range(generator.choice((1, 3, 20))):
+            damaged[generator.randrange(len(damaged))] = generator.randrange(256)
+        if attempt % 2:
+            damaged = damaged[:generator.randrange(len(damaged))]
+        (tmp_path / f"y.{suffix}").write_bytes(damaged)
+        try:
+            assert read_picture(tmp_path / f"y.{suffix}").shape == (3, 32, 32)
+        except UserError as problem:
+            assert str(problem).startswith(f"{tmp_path}") and "\n" not in str(problem)
+    assert capfd.readouterr() == ("", "")
+
+
+def test_a_truncated_picture_is_an_error_and_no_half_answer(tmp_path: Path) -> None:
+    noise = np.random.default_rng(0).integers(0, 256, (64, 64, 3), dtype=np.uint8)
+    for suffix in ("png", "jpg", "gif", "webp", "tif"):
+        Image.fromarray(noise).save(tmp_path / f"x.{suffix}")
+        content = (tmp_path / f"x.{suffix}").read_bytes()
+        (tmp_path / f"x.{suffix}").write_bytes(content[:len(content) // 2])
+        with pytest.raises(UserError):
+            read_picture(tmp_path / f"x.{suffix}")
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Which network
+# ---------------------------------------------------------------------------------------------------------------------
+
+
+def test_the_best_published_weights_that_are_there_are_taken_by_default(results_dir: Path) -> None:
+    assert find_weights(None, results_dir) == results_dir / "published/good-s1/model.safetensors"
+
+
+def test_a_network_is_named_by_its_run_or_its_file(results_dir: Path) -> None:
+    assert find_weights("mine", results_dir) == results_dir / "mine/model.safetensors"
+    assert find_weights("published/poor-s0", results_dir) == results_dir / "published/poor-s0/model.safetensors"
+    file = results_dir / "mine/model.safetensors"
+    assert find_weights(str(file), results_dir) == file
+
+
+@pytest.mark.parametrize(("name", "words"), [
+    ("nothing", "there are: drawn, mine, published/good-s1, published/poor-s0"),
+    ("published/good-s0", "there are: drawn, mine"),  # its weights are not published
+    ("drawn", "synthetic pictures"),
+    ("README.md", "cannot be read as a weights file"),
+    ("ten.safetensors", "does not tell CIFAR-100's 100 classes apart"),
+])
+def test_a_network_that_cannot_be_used_has_one_line(
+    results_dir: Path, tmp_path: Path, name: str, words: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    save_model(create_model("mlp", widths=(8,), num_classes=10), tmp_path / "ten.safetensors")
+    (tmp_path / "README.md").write_text("no weights")
+    path = tmp_path / name if "." in name else name
+    assert run(results_dir, "x.png", "--model", path) == 2
+    assert words in error_line(capsys)
+
+
+@pytest.mark.parametrize("words", [(), ("x.png", "--export", "y.onnx"), ("--export", "y.onnx", "--json")])
+def test_a_contradictory_command_line_has_one_line(
+    results_dir: Path, words: tuple[str, ...], capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert run(results_dir, *words) == 2
+    error_line(capsys)
+
+
+def test_the_published_network_knows_the_drawing_of_the_readme(capsys: pytest.CaptureFixture[str]) -> None:
+    drawing = ROOT / "docs/figures/drawing.png"
+    _, (answer,) = run_json(ROOT / "results", capsys, drawing, "--model", "published/fast-s0")
+    assert (answer["guesses"][0]["class"], answer["guesses"][0]["superclass"]) == ("sunflower", "flowers")
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Export
+# ---------------------------------------------------------------------------------------------------------------------
+
+
+def test_what_is_exported_gives_the_same_logits_for_any_number_of_pictures(
+    results_dir: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    pytest.importorskip("onnxscript", reason="the export needs onnx and onnxscript (requirements-extra.txt)")
+    onnxruntime = pytest.importorskip("onnxruntime", reason="the comparison needs onnxruntime (requirements-extra.txt)")
+    torch.manual_seed(0)
+    model = create_model("convnet", widths=(8, 16), blocks=(1, 1)).eval()
+    save_model(model, tmp_path / "x.safetensors")
+    assert run(results_dir, "--model", tmp_path / "x.safetensors", "--export", tmp_path / "x.onnx") == 0
+    assert "differ from PyTorch's by at most" in capsys.readouterr().out
+    session = onnxruntime.InferenceSession(tmp_path / "x.onnx")
+    model = predict.load_model(tmp_path / "x.safetensors")
+    for count in (1, 5):
+        images = torch.rand(count, 3, 32, 32)
+        (logits,) = session.run(["logits"], {"images": images.numpy()})
+        with torch.no_grad():
+            torch.testing.assert_close(torch.from_numpy(logits), model(images), rtol=1e-4, atol=1e-4)
+    assert session.get_modelmeta().custom_metadata_map["classes"].split() == list(FINE_NAMES)
+    assert str(ROOT).encode() not in (tmp_path / "x.onnx").read_bytes()
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["x.onnx", "x.safetensors"]
+
+
+def test_an_export_replaces_no_file_and_leaves_none_behind_where_it_fails(
+    results_dir: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "x.onnx").write_text("precious")
+    assert run(results_dir, "--export", tmp_path / "x.onnx") == 2
+    assert "exists" in error_line(capsys)
+    assert run(results_dir, "--export", tmp_path / "nowhere/x.onnx") == 2
+    assert "no folder" in error_line(capsys)
+    monkeypatch.setitem(sys.modules, "onnxscript", None)
+    assert run(results_dir, "--export", tmp_path / "y.onnx") == 2
+    assert "requirements-extra.txt" in error_line(capsys)
+    assert [path.name for path in tmp_path.iterdir()] == ["x.onnx"]
+    assert (tmp_path / "x.onnx").read_text() == "precious"
