@@ -195,13 +195,22 @@ def _train_and_tell(model: nn.Module, train_split: Split, val_split: Split | Non
     return 0
 
 
+def print_epoch(row: dict[str, Any], settings: Settings) -> None:
+    val = "" if row["val_acc"] is None else f", val loss {row['val_loss']:.3f}, val acc {row['val_acc']:.2f}%"
+    tqdm.write(f"epoch {row['epoch']:>3}/{settings.epochs}: train loss {row['train_loss']:.3f}, "
+               f"train acc {row['train_acc']:.2f}%{val}, {row['seconds']:.1f} s", file=sys.stdout)
+    sys.stdout.flush()
+
+
 def train(
-    model: nn.Module, train_split: Split, val_split: Split | None, run: Run, *, quiet: bool = False
+    model: nn.Module, train_split: Split, val_split: Split | None, run: Run, *, quiet: bool = False,
+    after_epoch: Callable[[dict[str, Any], Settings], None] = print_epoch,
 ) -> dict[str, Any]:
     """Train `model`, placed by `fit_and_place`, as `run.settings` say, from the run's checkpoint if it has one.
 
     Writes the run's files and returns what `result.json` holds. Raises Interrupted after a signal, with the state
-    saved, and UserError if the loss is no longer finite, with the last good checkpoint in place.
+    saved, and UserError if the loss is no longer finite, with the last good checkpoint in place. `after_epoch` gets
+    each epoch's row of `metrics.csv`, and may raise to end the training there.
     """
     settings, device = run.settings, torch.device(run.settings.device)
     data = train_split.to(device)
@@ -222,8 +231,7 @@ def train(
                 _train_epoch(training, data, stop, bar)
                 _end_epoch(state, model, val_split, training.optimizers[0].param_groups[0]["lr"])
                 run.log(state.rows)
-                tqdm.write(_epoch_line(state.rows[-1], settings), file=sys.stdout)
-                sys.stdout.flush()
+                after_epoch(state.rows[-1], settings)
         training.save()
         result = _result(training, len(data), machine, was_resumed=was_resumed)
         run.finish(model, state.rows, result)
@@ -354,12 +362,6 @@ def _describe(bar: tqdm, state: _State, settings: Settings) -> None:
     rate = state.pictures / max(state.epoch_seconds, 1e-9)
     bar.set_description_str(f"epoch {state.epoch + 1}/{settings.epochs}", refresh=False)
     bar.set_postfix_str(f"loss {float(state.loss) / state.pictures:.3f}, {rate:,.0f} images/s")
-
-
-def _epoch_line(row: dict[str, Any], settings: Settings) -> str:
-    val = "" if row["val_acc"] is None else f", val loss {row['val_loss']:.3f}, val acc {row['val_acc']:.2f}%"
-    return (f"epoch {row['epoch']:>3}/{settings.epochs}: train loss {row['train_loss']:.3f}, "
-            f"train acc {row['train_acc']:.2f}%{val}, {row['seconds']:.1f} s")
 
 
 class StopRequest:
