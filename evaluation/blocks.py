@@ -133,9 +133,22 @@ def _prediction(published: Published) -> str:
     return "\n".join(["```", f"$ python predict.py {DRAWING}", network, in_words(answer), "```"])
 
 
+def _printed(file: str) -> Callable[[Published], str]:
+    """A block that is what a benchmark printed into a file, which only a long measurement could make again."""
+
+    def text(published: Published) -> str:
+        path = published.results_dir / PUBLISHED / "benchmarks" / file
+        if not path.exists():
+            raise UserError(f"{path} is missing: write into it what the benchmark prints")
+        return path.read_text(encoding="utf-8").strip("\n")
+
+    return text
+
+
 BLOCKS: dict[str, Callable[[Published], str]] = {
     "results": _results, "overfit": _overfit, "classes": _classes, "duplicates": _duplicates,
     "calibration": _calibration, "compare": _compare, "prediction": _prediction,
+    "cost": _printed("time_to_accuracy.md"), "riddle": _printed("overfit_riddle.md"),
 }
 
 

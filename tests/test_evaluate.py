@@ -494,6 +494,9 @@ def documented(held_out: Place, capsys: pytest.CaptureFixture[str]) -> Place:
     edit_settings(held_out.published / "other-s0", recipe="other")
     folder = held_out.published / "overfit_batch" / "mlp"
     shutil.copytree(ROOT / "results" / "published" / "overfit_batch" / "mlp", folder)
+    (held_out.published / "benchmarks").mkdir()
+    for file in ("time_to_accuracy.md", "overfit_riddle.md"):
+        (held_out.published / "benchmarks" / file).write_text(f"| {file} | 7 |\n")
     list_near_duplicates(held_out, TestPictures("", synthetic=True).hashes[:10])
     assert held_out.main("--calibrate", "held-out") == 0
     document = held_out.readme.parent / "docs" / "all.md"
@@ -508,7 +511,7 @@ def test_every_block_is_written_and_holds(documented: Place) -> None:
     text = (documented.readme.parent / "docs" / "all.md").read_text()
     for expected in ("| mlp | ", "| MSE against the one-hot label | 0.01486 |", "knows these classes best",
                      "10 are near-duplicates", "| ECE with it (points) |\n|---|---:|---:|---:|\n| mlp-s0 | ",
-                     "exact McNemar test"):
+                     "exact McNemar test", "| overfit_riddle.md | 7 |", "$ python predict.py docs/figures/drawing.png"):
         assert expected in text
     assert text.count("above") == len(blocks.BLOCKS)
     assert documented.main("--check") == 0
