@@ -161,6 +161,7 @@ def train_runs(command: Command) -> int:
         model = fit_and_place(command.script.build_model(settings, len(train_split.fine_names)), train_split, settings)
         if resumed is None:
             settings = choose_precision(model, train_split, settings)
+            told = replace(told, precision=settings.precision)  # the same for every seed
         with resumed or Run.create(
             command.results_dir, settings, command.name, command.script.command_for(settings)
         ) as run:

@@ -8,6 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from settings import Settings
+from utils import UserError
 
 WIDE = 3  # columns a row, from which on orthogonalising by way of the gram matrix pays
 SGD_MOMENTUM, SHIFT_RATE, HEAD_RATE = 0.85, 8.0, 4.0  # of SGD beside Muon: see docs/experiments.md
@@ -96,6 +97,8 @@ def make_optimizers(model: nn.Module, settings: Settings) -> list[torch.optim.Op
                       torch.optim.AdamW(groups, lr=settings.other_lr)]
     elif settings.optimizer == "muon-sgd":
         filters = [p for p in parameters if p.ndim == 4]
+        if not filters:
+            raise UserError("--optimizer muon-sgd is for networks with convolutions: this one has no filters")
         small = [p for p in matrices if p.ndim < 4 and id(p) not in in_head]
         groups = [{"params": small, **decay},
                   {"params": vectors, "lr": SHIFT_RATE * settings.other_lr, **no_decay},

@@ -57,7 +57,8 @@ class Settings:
     lr: float = setting(1e-3, "peak learning rate", above=0)
     other_lr: float = setting(1e-3, "peak learning rate of what Muon leaves to AdamW or SGD", above=0)
     momentum: float = setting(0.9, "momentum of SGD (plain) and of Muon (Nesterov's)", low=0, high=0.999)
-    weight_decay: float = setting(0.0, "weight decay, on weight matrices and filters only", low=0)
+    weight_decay: float = setting(0.0, "weight decay, on weight matrices and filters only; muon-sgd fixes the norms of "
+                                       "filters instead", low=0)
     warmup: float = setting(0.0, "share of all steps over which the learning rate rises from zero", low=0, high=1)
     schedule: str = setting("linear", "how the learning rate falls to zero after that",
                             choices=("constant", "linear", "cosine"))
@@ -274,7 +275,8 @@ def _recipes_in_words(script: Script) -> str:
         if recipe in measured:
             row = measured[recipe]
             seconds, machine = sum(row["train_seconds"]) / len(row["train_seconds"]), row["machines"][0]
-            words = (f"{row['top1']['mean']:.1f}% on the test set for {row['train_flops']:.1e} FLOPs, "
+            flops = f"{row['train_flops']:.1e}".replace("e+", "e")
+            words = (f"{row['top1']['mean']:.1f}% on the test set for {flops} FLOPs, "
                      f"{seconds / 60:.1f} min on {machine['processor']}, {row['precision']}")
         lines.append(f"  {recipe:<10} {words}")
     return "\n".join(lines)

@@ -60,16 +60,17 @@ RECIPES: dict[str, dict[str, Any]] = {
 }
 
 OVERFIT = dict(epochs=100, batch_size=64, optimizer="adam", lr=1e-3, weight_decay=0.0, warmup=0.0, schedule="constant",
-               label_smoothing=0.0, flip=False, crop=0, mixup=0.0, precision="float32")
+               label_smoothing=0.0, flip=False, alternate=False, crop=0, cutout=0, jitter=0.0, mixup=0.0,
+               refresh_norms=0, precision="float32")
 
 
 def build_model(settings: CNNSettings, num_outputs: int = 100) -> nn.Module:
+    side = settings.side_in(settings.epochs - 1)  # the network is used as it was trained last
     arguments: dict[str, dict[str, Any]] = {
-        "convnet": dict(widths=settings.widths, blocks=settings.blocks, side=settings.sides[-1]),
+        "convnet": dict(widths=settings.widths, blocks=settings.blocks, side=side),
         "original_cnn": {},
-        "resnet18": dict(side=settings.sides[-1]),
-        "wide_resnet": dict(depth=settings.depth, width=settings.width, dropout=settings.dropout,
-                            side=settings.sides[-1]),
+        "resnet18": dict(side=side),
+        "wide_resnet": dict(depth=settings.depth, width=settings.width, dropout=settings.dropout, side=side),
     }
     return create_model(settings.model, **arguments[settings.model], num_classes=num_outputs)
 

@@ -2,7 +2,7 @@
 
     python benchmarks/time_to_accuracy.py                          # in the precision that --precision auto takes
     python benchmarks/time_to_accuracy.py --precision float32
-    python benchmarks/time_to_accuracy.py --figure docs/figures/accuracy-time.png    # draw it too
+    python benchmarks/time_to_accuracy.py --figure accuracy-time.png           # draw it too
     python benchmarks/time_to_accuracy.py --synthetic              # without the data set: the cost is the same
 
 The others are rebuilt from their published settings, less what costs them nothing (schedules) or nearly nothing (the
@@ -21,8 +21,7 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 import torch
-import torch.nn.functional as F
-from torch import Tensor, nn
+from torch import nn
 from torchvision.models import MobileNetV2
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # a script's own folder is there, the project's is not
@@ -31,17 +30,17 @@ from engine import fit_and_place, forward_flops, training_step
 from evaluation.figures import accuracy_against
 from hardware import choose_precision, machine_facts, prepare_device, wait_for
 from models.layers import set_side
-from models.resnet import ResNet
+from models.resnet import BasicBlock, ResNet
 from optimizers import make_optimizers, set_rates
 from runs import read_json, save_figure
 from settings import RESULTS_DIR, Parser, exit_status
-from train_cnn import RECIPES, SCRIPT, CNNSettings, build_model
+from train_cnn import SCRIPT, CNNSettings, build_model
 from utils import Split, batches, default_data_dir, load_cifar100
 
 PICTURES = 50_000
 ROUNDS = 3
 SECONDS_A_TURN = 3.0
-CPU_RECIPES = ("fast", "strong", "original")
+OURS = {"cpu": ("fast", "strong", "original"), "cuda": ("sprint", "best")}  # what is meant for which device
 REFERENCE = "crisostomi/cifar100-speedrun"
 
 
@@ -75,19 +74,14 @@ class Contestant:
 # ---------------------------------------------------------------------------------------------------------------------
 
 
-class _ResNetDBlock(nn.Module):
+class _ResNetDBlock(BasicBlock):
     """A basic block whose shortcut averages before it projects (ResNet-D: He et al. 2018, arXiv 1812.01187)."""
 
     def __init__(self, inputs: int, outputs: int, stride: int) -> None:
-        super().__init__()
-        self.branch = nn.Sequential(
-            nn.Conv2d(inputs, outputs, 3, stride, padding=1, bias=False), nn.BatchNorm2d(outputs), nn.ReLU(),
-            nn.Conv2d(outputs, outputs, 3, padding=1, bias=False), nn.BatchNorm2d(outputs))
-        self.shortcut = nn.Identity() if inputs == outputs else nn.Sequential(
-            nn.AvgPool2d(stride, ceil_mode=True), nn.Conv2d(inputs, outputs, 1, bias=False), nn.BatchNorm2d(outputs))
-
-    def forward(self, x: Tensor) -> Tensor:
-        return F.relu(self.branch(x) + self.shortcut(x))
+        super().__init__(inputs, outputs, stride)
+        if inputs != outputs:
+            self.shortcut = nn.Sequential(nn.AvgPool2d(stride, ceil_mode=True),
+                                          nn.Conv2d(inputs, outputs, 1, bias=False), nn.BatchNorm2d(outputs))
 
 
 def speedrun_model() -> nn.Module:
@@ -107,10 +101,10 @@ def mobilenet_v2() -> nn.Module:
     return model
 
 
-def contestants() -> list[Contestant]:
+def contestants(device: str) -> list[Contestant]:
     """Our recipes, and three well-known ones as their authors describe them."""
     known = {row["recipe"]: row["top1"]["mean"] for row in read_json(RESULTS_DIR / "results.json")}
-    ours = [(name, SCRIPT.recipe_settings(name)) for name in RECIPES if name in CPU_RECIPES]
+    ours = [(name, SCRIPT.recipe_settings(name)) for name in OURS["cuda" if device == "cuda" else "cpu"]]
     speedrun = CNNSettings(epochs=7, sides=(18, 32), batch_size=1024, optimizer="muon-sgd", lr=0.055, other_lr=0.02,
                            label_smoothing=0.15, crop=3)
     usual = CNNSettings(model="resnet18", epochs=200, batch_size=128, optimizer="sgd", lr=0.1, weight_decay=5e-4,
@@ -213,8 +207,9 @@ def main(argv: list[str] | None = None) -> int:
     options = parser.parse_args(argv)
     split, _ = load_cifar100(options.data_dir, use_synthetic=options.synthetic)
     torch.manual_seed(0)
-    everyone = contestants()
-    measure(everyone, split, options.precision, options.device)
+    device = prepare_device(CNNSettings(device=options.device)).device
+    everyone = contestants(device)
+    measure(everyone, split, options.precision, device)
     settings = everyone[0].settings
     facts = machine_facts(settings.device)
     machine = (f"{facts['processor']}, {facts['threads']} threads, {settings.precision} "

@@ -3,6 +3,7 @@
 Trainings are on synthetic pictures, with the recipes' networks made small.
 """
 
+import math
 import signal
 from pathlib import Path
 
@@ -19,7 +20,16 @@ from models.convnet import Whitening
 from models.layers import Resize, set_side
 from optimizers import Muon, make_optimizers
 from settings import exit_status
-from tests.helpers import MACHINE, after_step, drawn_once, error_line, metrics, read_json, same_weights  # noqa: F401
+from tests.helpers import (
+    MACHINE,
+    after_step,
+    drawn_once,  # noqa: F401 (a fixture)
+    error_line,
+    metrics,
+    read_json,
+    same_weights,
+    train_tiny,
+)
 from train_cnn import CNNSettings
 from utils import load_cifar100, to_float
 
@@ -30,7 +40,7 @@ SMALL_MODELS = {
     "wide_resnet": {"depth": 10, "width": 1},
 }
 SMALL = {  # of each recipe
-    "original": ("--epochs", "1", "--batch-size", "250"),
+    "original": ("--epochs", "2", "--batch-size", "250"),
     "best": ("--depth", "10", "--width", "1", "--epochs", "2", "--sides", "16,20"),
 }
 SMALL_CONVNET = ("--widths", "8,8,12", "--blocks", "1,2,1", "--epochs", "3", "--sides", "16,18,20",
@@ -151,13 +161,13 @@ def test_muon_takes_the_filters_and_sgd_the_rest() -> None:
 def test_fixed_norm_keeps_the_filters_norm_and_turns_them_by_the_rate() -> None:
     torch.manual_seed(0)
     weight = nn.Parameter(5 * torch.randn(32, 16, 3, 3))
-    optimizer = Muon([weight], lr=1e-3, fixed_norm=True, iterations=5)
+    optimizer = Muon([weight], lr=0.1, fixed_norm=True, iterations=5)
     before = weight.detach().clone()
     weight.grad = torch.randn_like(weight)
     optimizer.step()
-    assert weight.norm().item() == pytest.approx(32**0.5, rel=0.01)
+    assert weight.norm().item() == pytest.approx(32**0.5, rel=0.05)
     cosine = F.cosine_similarity(before.flatten(), weight.detach().flatten(), dim=0)
-    assert 0.9999 < cosine < 1
+    assert math.acos(cosine) == pytest.approx(0.1, rel=0.3)
 
 
 def test_the_cost_of_a_training_sums_over_its_resolutions() -> None:
@@ -188,6 +198,8 @@ def test_refreshed_norms_are_those_of_the_weights_as_they_are() -> None:
     model.fit_inputs(images)
     engine.refresh_norms(model, split, 0, seed=0)
     assert torch.equal(model.norm.running_mean, torch.zeros(36))
+    with torch.no_grad():
+        model.train()(0.1 * images)  # statistics of something else, which must not be left in the new ones
     engine.refresh_norms(model, split, 400, seed=0)
     with torch.no_grad():
         expected, seen = model.train()(images), model.eval()(images)
@@ -201,15 +213,43 @@ def test_every_recipe_trains_end_to_end(recipe: str, tmp_path: Path) -> None:
     run = tmp_path / f"{recipe}-s0"
     settings = read_json(run / "config.json")["settings"]
     assert settings["model"] == {**train_cnn.SCRIPT.recipes[recipe]}.get("model", "convnet")
-    result = read_json(run / "result.json")
-    assert result["train_loss"] < 4.7  # that of guessing is 4.6, and some of the recipes learn slowly
+    first, *_, last = (float(row["train_loss"]) for row in metrics(run))
+    assert last < first
     model = load_model(run / "model.safetensors")
     assert model(torch.rand(2, 3, 32, 32)).shape == (2, 100)
 
 
-def test_the_network_is_used_at_the_last_resolution_it_was_trained_at(tmp_path: Path) -> None:
-    assert train_small(tmp_path) == 0
-    assert load_model(tmp_path / "fast-s0" / "model.safetensors").resize.side == 20
+@pytest.mark.parametrize(("recipe", "budget"), [("fast", 1.9e14), ("strong", 7.6e14)])
+def test_the_recipes_for_a_cpu_keep_to_their_budgets(recipe: str, budget: float) -> None:
+    settings = train_cnn.SCRIPT.recipe_settings(recipe)
+    assert 0.9 * budget < sum(engine.epoch_flops(train_cnn.build_model(settings), 50_000, settings)) <= budget
+
+
+@pytest.mark.parametrize("recipe", train_cnn.RECIPES)
+def test_every_recipe_names_a_network_that_can_be_built(recipe: str) -> None:
+    model = train_cnn.build_model(train_cnn.SCRIPT.recipe_settings(recipe))
+    assert model(torch.rand(2, 3, 32, 32)).shape == (2, 100)
+
+
+@pytest.mark.parametrize(("flags", "side"), [((), 20), (("--epochs", "2"), 18), (("--epochs", "1"), 16)])
+def test_the_network_is_used_at_the_last_resolution_it_was_trained_at(
+    flags: tuple[str, ...], side: int, tmp_path: Path
+) -> None:
+    assert train_small(tmp_path, *flags) == 0
+    assert load_model(tmp_path / "fast-s0" / "model.safetensors").resize.side == side
+
+
+def test_a_training_ends_by_taking_statistics_anew(tmp_path: Path) -> None:
+    assert train_small(tmp_path, "--refresh-norms", "0") == 0
+    assert train_small(tmp_path, "--refresh-norms", "500") == 0
+    running, anew = (load_model(tmp_path / name / "model.safetensors") for name in ("fast-s0", "fast-s0-2"))
+    assert torch.equal(running.head.weight, anew.head.weight)
+    assert not torch.equal(running.norm.running_mean, anew.norm.running_mean)
+
+
+def test_muon_for_filters_is_refused_where_there_are_none(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert train_tiny(tmp_path, "--optimizer", "muon-sgd") == 2
+    assert "no filters" in error_line(capsys)
 
 
 def test_training_goes_through_the_resolutions_in_order(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

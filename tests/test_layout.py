@@ -1,6 +1,7 @@
 """Who may import whom: training never sees test pictures, evaluation never sees an optimizer, imports go one way."""
 
 import ast
+import re
 from functools import cache
 from pathlib import Path
 
@@ -95,3 +96,11 @@ def test_no_file_names_a_folder_of_somebodys_machine():
     found = {f"{path.relative_to(ROOT)}: {folder}" for path in files for folder in folders
              if folder in path.read_text(encoding="utf-8", errors="replace")}
     assert not found
+
+
+@pytest.mark.parametrize("document", [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))], ids=lambda p: p.name)
+def test_what_a_document_links_to_is_there(document):
+    links = re.findall(r'(?:\]\(|src=")([^)#"\s]+)', document.read_text(encoding="utf-8"))
+    files = [document.parent / link for link in links if "://" not in link]
+    assert [str(file) for file in files if not file.exists()] == []
+    assert [str(file) for file in files if file.suffix == ".png" and file.stat().st_size > 300_000] == []
