@@ -3,7 +3,7 @@
     python train_cnn.py                        # the recipe `fast` on 45,000 pictures, measured on the other 5,000
     python train_cnn.py --recipe strong        # another recipe; any flag overrides a part of it
     python train_cnn.py --train-on-all --seeds 0,1,2    # the published runs, on all 50,000
-    python train_cnn.py --overfit-batch        # the single-batch check, under a minute on two CPU cores
+    python train_cnn.py --overfit-batch        # the single-batch check, about a minute on two CPU cores
     python train_cnn.py --synthetic --epochs 3          # anywhere, at once: no data set, no network
 """
 
