@@ -37,7 +37,7 @@ from evaluation.metrics import (
     softmax,
 )
 from evaluation.publish import publish, publish_calibration, publish_overfit
-from evaluation.runs import FinishedRun, TestPictures, find_runs
+from evaluation.runs import FinishedRun, TestPictures, find_runs, runs_by_name
 from evaluation.tables import by_recipe, comparison, ensemble_table, run_table
 from runs import save_figure, write_json
 from settings import RESULTS_DIR, ROOT, Parser, exit_status
@@ -66,7 +66,7 @@ def main(argv: list[str] | None = None) -> int:
     if options.compare:
         a, b = _chosen(find_runs(results_dir), options.compare, results_dir)
         if a.synthetic != b.synthetic:
-            raise UserError(f"{a.name} and {b.name} are of different pictures: they cannot be compared")
+            raise UserError(f"{a.label} and {b.label} are of different pictures: they cannot be compared")
         print(comparison(a, b, test_set(a.synthetic)))
     elif options.ensemble:
         print(ensemble_table(_chosen(find_runs(results_dir), options.ensemble, results_dir), test_set))
@@ -120,7 +120,7 @@ def _chosen(runs: list[FinishedRun], names: list[str], results_dir: Path) -> lis
     """The runs of these names, or all of them. Raises UserError for a name that is none, or if there are no runs."""
     if not runs:
         raise UserError(f"there is no finished run in {results_dir}: train one first, say with python train_mlp.py")
-    by_name = {run.name: run for run in reversed(runs)} | {run.label: run for run in runs}  # own ones come first
+    by_name = runs_by_name(runs)
     missing = [name for name in names if name not in by_name]
     if missing:
         raise UserError(f"no finished run in {results_dir} is called {', '.join(missing)}; "
@@ -165,16 +165,19 @@ def _subject(published: Published, name: str) -> FinishedRun:
 
 
 def draw(published: Published, run: FinishedRun) -> dict[str, Any]:
-    """Every figure of the published runs by the name of its file; what is about one run is about `run`."""
+    """Every figure of the published runs by the name of its file; what is about one run is about `run`.
+
+    But for the reliability: if `run` is not calibrated, it is about the best one that is.
+    """
     test, recipes = published.test, by_recipe(published.runs)
     labels, names, classes = test.fine_labels, test.fine_names, len(test.fine_names)
     images, probabilities = test.images.numpy(), softmax(run.logits(test))
+    calibrated = next((one for one in (run, *published.ranked) if len(calibrations(published, one)) > 1), run)
     confusion = confusion_matrix(probabilities.argmax(1), labels, classes)
     top1 = {row["recipe"]: row["top1"]["mean"] for row in published.rows}
-    costs = {row["recipe"]: (row["parameters"] / 1e6, float(np.mean(row["train_seconds"])) / 60)
-             for row in published.rows}
-    parameters, minutes = ({"ours": {recipe: (cost[which], top1[recipe]) for recipe, cost in costs.items()}}
-                           for which in (0, 1))
+    parameters = {row["recipe"]: (row["parameters"] / 1e6, row["top1"]["mean"]) for row in published.rows}
+    minutes = {row["recipe"]: (float(np.mean(row["train_seconds"])) / 60, row["top1"]["mean"])
+               for row in published.rows}
     return {
         "confusion": figures.confusion_figure(
             confusion, coarse_of_fine(labels, test.coarse_labels, classes), test.coarse_names,
@@ -189,15 +192,15 @@ def draw(published: Published, run: FinishedRun) -> dict[str, Any]:
             f"{run.name}: its most confident mistakes"),
         "reliability": figures.reliability_figure(
             {"as trained" if temperature == 1 else f"temperature {temperature:.3f}": found
-             for temperature, found in calibrations(published, run).items()},
-            f"{run.name}: is it as often right as it is sure?"),
+             for temperature, found in calibrations(published, calibrated).items()},
+            f"{calibrated.name}: is it as often right as it is sure?"),
         "curves": figures.learning_curves_figure(
             {recipe: [seed.curves() for seed in seeds] for recipe, seeds in recipes.items()}, top1,
             "Every published run, on all 50,000 training pictures"),
         "accuracy-parameters": figures.accuracy_against(
-            parameters, "parameters (millions)", "Test accuracy against the size of the network"),
+            {"ours": parameters}, "parameters (millions)", "Test accuracy against the size of the network"),
         "accuracy-minutes": figures.accuracy_against(
-            minutes, "minutes of training (the machines are in the results table)",
+            {"ours": minutes}, "minutes of training (the machines are in the results table)",
             "Test accuracy against training time"),
     }
 

@@ -9,6 +9,7 @@
     inputs.png            what enters the network of the recipe `fast` of some pictures, epoch by epoch
     inputs_mlp.png        the same for the recipe `mlp`
     label_counts.csv      training, held-out and test pictures of each class
+    baselines.csv         how often rules without any training are right on the held-out pictures
     near_duplicates.png   test pictures beside the training pictures that they nearly repeat
     near_duplicates.csv   all of these pairs, each picture named by its hash (`utils.picture_hashes`)
 
@@ -53,14 +54,15 @@ VIEWED, MOST_EPOCHS = 5, 9  # pictures whose views are shown, and in how many ep
 PAIRS_IN_A_ROW, PAIR_ROWS = 6, 5
 
 # Near-duplicates. Of the pairs sorted by similarity, nearly all above 0.8 are one photograph, edited, or one object on
-# white; below come ever more horizons, apples and beetles that only look alike. Of the 407 pairs above it 310 have a
-# training picture that is on Barz and Denzler's list too, of those from 0.75 to 0.8 a half, from 0.7 on a third.
+# white; below come ever more horizons, apples and beetles that only look alike. They were compared once, by hand, with
+# Barz and Denzler's list in github.com/cvjena/cifair: above 0.8 three in four have a training picture that is on it,
+# from 0.75 to 0.8 a half, from 0.7 on a third.
 SIMILAR = 0.8
 COARSE_SIDE = 8  # pixels a side of the pictures among which candidates are looked for
 CANDIDATES = 5  # training pictures that are compared closely with each test picture
 MAX_SHIFT = 2  # pixels
 DETAIL = 9  # pixels a side of the squares whose mean is subtracted: what is left is edges and texture
-BARZ_AND_DENZLER = 891  # rows of meta/duplicates_cifar100.csv in github.com/cvjena/cifair
+BARZ_AND_DENZLER = 891  # rows of meta/duplicates_cifar100.csv in that repository
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -95,7 +97,7 @@ def extremes(values: Tensor) -> tuple[Tensor, Tensor]:
 
 def mean_pictures(split: Split) -> Tensor:
     """The mean picture of every class, float32 [C, 3, 32, 32] in [0, 1]."""
-    return torch.stack([to_float(split.images[split.fine_labels == label]).mean(0)
+    return torch.stack([(split.images[split.fine_labels == label].double().mean(0) / 255).float()
                         for label in range(len(split.fine_names))])
 
 
@@ -112,6 +114,34 @@ def label_counts(splits: Sequence[Split]) -> list[list[Any]]:
     counts = [torch.bincount(split.fine_labels, minlength=len(coarse)).tolist() for split in splits]
     return [[names.coarse_names[coarse[fine]], names.fine_names[fine], *(count[fine] for count in counts)]
             for fine in coarse.argsort(stable=True).tolist()]
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Dumb baselines
+# ---------------------------------------------------------------------------------------------------------------------
+
+
+def baselines(train: Split, val: Split) -> dict[str, float]:
+    """How often rules without any training are right on `val`, in percent: what every network has to beat."""
+    most_frequent = torch.bincount(train.fine_labels).argmax()
+    small, others = (F.adaptive_avg_pool2d(split.images.float(), COARSE_SIDE) for split in (val, train))
+    guesses = {
+        "the most frequent class": most_frequent.expand(len(val)),
+        "the class with the nearest mean picture": nearest(to_float(val.images), mean_pictures(train)),
+        f"the class of the nearest picture of {COARSE_SIDE} x {COARSE_SIDE} pixels":
+            train.fine_labels[nearest(small, others)],
+    }
+    return {name: 100 * float((guess == val.fine_labels).double().mean()) for name, guess in guesses.items()}
+
+
+def nearest(pictures: Tensor, others: Tensor) -> Tensor:
+    """For each of `pictures` the position, int64 [N], of the one among `others` at the least Euclidean distance.
+
+    In float64, so that the order in which a processor adds decides nothing.
+    """
+    pictures, others = pictures.flatten(1).double(), others.flatten(1).double()
+    squares = others.square().sum(1)
+    return torch.cat([(squares - 2 * some @ others.T).argmin(1) for some in pictures.split(500)])
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -387,6 +417,10 @@ def main(argv: list[str] | None = None) -> int:
     for column, part in enumerate(("training", "held-out", "test"), start=2):
         each = [row[column] for row in counts]
         print(f"{sum(each):>6,} {part} pictures, {min(each)} to {max(each)} of each of {len(each)} classes", flush=True)
+    rows = [[name, f"{accuracy:.2f}"] for name, accuracy in baselines(train, val).items()]
+    _write_csv(folder / "baselines.csv", ["rule", "held-out accuracy (%)"], rows)
+    print("what is right of the held-out pictures without any training, by guessing")
+    print("\n".join(f"{accuracy:>6}% {name}" for name, accuracy in rows), flush=True)
     save_figure(superclasses_figure(whole), folder / "superclasses.png")
     save_figure(means_figure(whole), folder / "means.png")
     save_figure(extremes_figure(whole), folder / "extremes.png")
@@ -400,9 +434,9 @@ def main(argv: list[str] | None = None) -> int:
     _write_csv(folder / "near_duplicates.csv",
                ["test_hash", "train_hash", "similarity", "test_class", "train_class"], rows)
     save_figure(near_duplicates_figure(matches, test, whole), folder / "near_duplicates.png")
-    same = sum(row[-2] == row[-1] for row in rows)
+    identical, of_another_class = (sum(row[0] == row[1] for row in rows), sum(row[-2] != row[-1] for row in rows))
     print(f"{len(rows):,} of {len(test):,} test pictures ({100 * len(rows) / len(test):.1f}%) nearly repeat a training "
-          f"picture, {same:,} of them one of the same class")
+          f"picture, {identical:,} of them byte for byte, {of_another_class:,} one of another class")
     if not options.synthetic:
         print(f"Barz and Denzler (2020), judging by eye what a network proposed, found {BARZ_AND_DENZLER}")
     print(f"pictures and lists are in {folder}")

@@ -184,6 +184,27 @@ class Run:
         write_json(self.result_path, result)
 
 
+class Unwritten:
+    """What `engine.train` asks of a `Run`, for a training of which nothing is kept."""
+
+    checkpoint_path = Path("there is no checkpoint")
+
+    def __init__(self, name: str, settings: Settings) -> None:
+        self.name, self.settings = name, settings
+
+    def load_checkpoint(self) -> None:
+        return None
+
+    def save_checkpoint(self, state: dict[str, Any]) -> None:
+        pass
+
+    def log(self, rows: list[dict[str, Any]]) -> None:
+        pass
+
+    def finish(self, model: nn.Module, rows: list[dict[str, Any]], result: dict[str, Any]) -> None:
+        pass
+
+
 def _make(folder: Path) -> bool:
     try:
         folder.mkdir()

@@ -3,12 +3,12 @@
     python tune.py mlp                    # 20 trials of the MLP; the same command again adds 20 more to the search
     python tune.py cnn --trials 50 --timeout 120        # start no trial after two hours
     python tune.py mlp --trials 0         # only say again what the search has found, and draw it
-    python tune.py mlp --synthetic --trials 3           # anywhere, at once: no data set, no network
+    python tune.py mlp --synthetic --trials 3           # a search of its own, anywhere: no data set, no network
 
 The first trial is the recipe as it is, then settings are drawn at random (Bergstra and Bengio 2012), then by TPE
 (Bergstra et al. 2011), all with Optuna (Akiba et al. 2019, arXiv 1907.10902), which requirements-extra.txt installs.
 From the middle of its epochs on, a trial below the median of the others is pruned (Golovin et al. 2017). Ctrl-C ends
-the search with what there is; it goes on as if nothing had been, from results/tune/<mlp|cnn>/journal.log.
+the search with what there is; it goes on as if nothing had been, from results/tune/<mlp|cnn>[-synthetic]/journal.log.
 
 A trial is a short training, and what keeps a network from memorising (crop, MixUp, jitter) pays only in long ones. On
 5,000 pictures a standard error is 0.7 points, and the best of many trials is flattered by chance. What is found here is
@@ -20,7 +20,6 @@ import json
 import math
 import shlex
 import sys
-import tempfile
 import time
 from collections import Counter
 from collections.abc import Iterator
@@ -35,7 +34,7 @@ import train_cnn
 import train_mlp
 from engine import Interrupted, fit_and_place, train
 from hardware import choose_precision, prepare_device
-from runs import BLUE, ORANGE, Run, save_figure
+from runs import BLUE, ORANGE, Unwritten, save_figure
 from settings import RESULTS_DIR, Parser, Script, Settings, exit_status, flag_of
 from utils import Split, UserError, derived_seed, load_cifar100
 
@@ -136,14 +135,12 @@ def run_trial(trial: Any, search: Search, base: Settings, train_split: Split, va
     settings = trial_settings(base, propose(trial, search.space))
     torch.manual_seed(derived_seed("init", settings.seed))
     model = fit_and_place(search.script.build_model(settings, len(train_split.fine_names)), train_split, settings)
-    with tempfile.TemporaryDirectory() as folder, Run.create(  # none of its files is kept: its command makes it again
-        Path(folder), settings, f"trial-{trial.number}", search.script.command_for(settings)
-    ) as run:
-        try:
-            return train(model, train_split, val_split, run, quiet=True, after_epoch=judge)["val_acc"]
-        except UserError as error:
-            trial.set_user_attr("diverged", str(error))
-            raise optuna.TrialPruned from error  # TPE learns from what was pruned, not from what failed
+    run = Unwritten(f"trial {trial.number}", settings)  # its command makes it again
+    try:
+        return train(model, train_split, val_split, run, quiet=True, after_epoch=judge)["val_acc"]
+    except UserError as error:
+        trial.set_user_attr("diverged", str(error))
+        raise optuna.TrialPruned from error  # TPE learns from what was pruned, not from what failed
 
 
 def outcome(trial: Any) -> str:
@@ -363,7 +360,8 @@ def main(argv: list[str] | None = None) -> int:
     options = parser.parse_args(argv)
     if options.trials < 0 or not options.timeout > 0:
         raise UserError("--trials must be at least 0, and --timeout above 0")
-    search, folder = SEARCHES[options.script], options.results_dir / "tune" / options.script
+    search = SEARCHES[options.script]
+    folder = options.results_dir / "tune" / (options.script + ("-synthetic" if options.synthetic else ""))
     given = {"epochs": options.epochs} if options.epochs is not None else {}
     base = search.settings(seed=options.seed, synthetic=options.synthetic, data_dir=options.data_dir, **given)
     folder.mkdir(parents=True, exist_ok=True)

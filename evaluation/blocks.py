@@ -14,19 +14,23 @@ from typing import Any
 
 import numpy as np
 
+from evaluation.figures import spaced
 from evaluation.metrics import (
     Calibration,
+    average,
     calibration,
     class_accuracy,
+    coarse_of_fine,
     confused_pairs,
     confusion_matrix,
     fit_temperature,
     softmax,
 )
+from evaluation.pictures import answers, find_weights, in_words
 from evaluation.publish import CALIBRATION, read_calibration
 from evaluation.runs import FinishedRun, TestPictures
 from evaluation.tables import WITHOUT_DUPLICATES, by_recipe, comparison, readme_table, summarise
-from models import load_model
+from models import WeightsError, load_model
 from readings import overfit_table
 from runs import PUBLISHED, read_json, write_text
 from settings import ROOT
@@ -76,15 +80,18 @@ def _overfit(published: Published) -> str:
 
 def _classes(published: Published) -> str:
     run, test = published.ranked[0], published.test
-    predicted, names = run.logits(test).argmax(1), [name.replace("_", " ") for name in test.fine_names]
+    predicted, names = run.logits(test).argmax(1), [spaced(name) for name in test.fine_names]
     accuracy = class_accuracy(predicted, test.fine_labels, len(names))
     order = np.argsort(accuracy, kind="stable")
     best, worst = (", ".join(f"{names[label]} {accuracy[label]:.0f}" for label in some)
                    for some in (order[:-NAMED - 1:-1], order[:NAMED]))
     pairs = confused_pairs(confusion_matrix(predicted, test.fine_labels, len(names)), NAMED)
     confused = ", ".join(f"{names[label]} for {names[taken_for]} {times}" for label, taken_for, times in pairs)
+    wrong, superclass = predicted != test.fine_labels, coarse_of_fine(test.fine_labels, test.coarse_labels, len(names))
+    related = 100 * (superclass[predicted] == test.coarse_labels)[wrong].mean()
     return (f"`{run.name}` knows these classes best (% right): {best}; and these worst: {worst}. It most often takes "
-            f"(times in {len(test.hashes) // len(names)}): {confused}.")
+            f"(times in {len(test.hashes) // len(names)}): {confused}. Of its wrong guesses {related:.0f}% are at "
+            "least of the right superclass; at random it would be 4 in 99.")
 
 
 def _duplicates(published: Published) -> str:
@@ -107,11 +114,14 @@ def calibrations(published: Published, run: FinishedRun) -> dict[float, Calibrat
 
 
 def _calibration(published: Published) -> str:
-    lines = ["| run | ECE as trained (points) | temperature | ECE with it (points) |", "|---|---:|---:|---:|"]
+    lines = ["| run | accuracy (%) | mean confidence (%) | ECE (points) | temperature | mean confidence with it (%) "
+             "| ECE with it (points) |", "|---|---:|---:|---:|---:|---:|---:|"]
     for run in published.ranked:
         (_, before), *fitted = calibrations(published, run).items()
-        lines += [f"| {run.name} | {before.ece:.2f} | {temperature:.3f} | {after.ece:.2f} |"
-                  for temperature, after in fitted]
+        for temperature, after in fitted:
+            (sure, right), (sure_with_it, _) = before.overall, after.overall
+            lines.append(f"| {run.name} | {right:.2f} | {sure:.2f} | {before.ece:.2f} | {temperature:.3f} "
+                         f"| {sure_with_it:.2f} | {after.ece:.2f} |")
     if len(lines) == 2:
         raise UserError(f"{published.results_dir / PUBLISHED / CALIBRATION} holds nothing: train a recipe without "
                         "--train-on-all and run python evaluate.py --calibrate on it")
@@ -124,13 +134,29 @@ def _compare(published: Published) -> str:
     return comparison(*published.ranked[:2], published.test)
 
 
-def _prediction(published: Published) -> str:
-    from predict import answers, find_weights, in_words  # here: it is what readers import, and brings Pillow
+def _squeeze(published: Published) -> str:
+    lines = ["| recipe | networks | each alone, mean top-1 (%) | their probabilities averaged, top-1 (%) |",
+             "|---|---:|---:|---:|"]
+    recipes, labels = by_recipe(published.runs), published.test.fine_labels
+    for row in reversed(published.rows):
+        runs = recipes[row["recipe"]]
+        if len(runs) > 1:
+            together = average([run.logits(published.test) for run in runs]).argmax(1)
+            lines.append(f"| {row['recipe']} | {len(runs)} | {row['top1']['mean']:.2f} "
+                         f"| {100 * (together == labels).mean():.2f} |")
+    if len(lines) == 2:
+        raise UserError(f"no recipe in {published.results_dir / PUBLISHED} has two seeds or more to average")
+    return "\n".join(lines)
 
+
+def _prediction(published: Published) -> str:
     weights = find_weights(None, published.results_dir)
-    answer = {**next(answers(load_model(weights), [ROOT / DRAWING])), "file": str(DRAWING)}
+    answer = next(answers(load_model(weights), [ROOT / DRAWING]))
+    if "error" in answer:
+        raise UserError(answer["error"])
     network = f"the network of {os.path.relpath(weights, ROOT)}"
-    return "\n".join(["```", f"$ python predict.py {DRAWING}", network, in_words(answer), "```"])
+    words = in_words({**answer, "file": str(DRAWING)})
+    return "\n".join(["```", f"$ python predict.py {DRAWING}", network, words, "```"])
 
 
 def _printed(file: str) -> Callable[[Published], str]:
@@ -147,7 +173,7 @@ def _printed(file: str) -> Callable[[Published], str]:
 
 BLOCKS: dict[str, Callable[[Published], str]] = {
     "results": _results, "overfit": _overfit, "classes": _classes, "duplicates": _duplicates,
-    "calibration": _calibration, "compare": _compare, "prediction": _prediction,
+    "calibration": _calibration, "compare": _compare, "squeeze": _squeeze, "prediction": _prediction,
     "cost": _printed("time_to_accuracy.md"), "riddle": _printed("overfit_riddle.md"),
 }
 
@@ -189,7 +215,7 @@ def renewed(path: Path, published: Published, root: Path) -> tuple[str, list[str
             if name not in BLOCKS:
                 raise UserError(f"there is no such block; there are: {', '.join(BLOCKS)}")
             text = BLOCKS[name](published)
-        except UserError as problem:
+        except (UserError, WeightsError) as problem:
             problems.append(f"{document}, block {name}: {problem}")
             return old
         stale.extend([name] if text != old else [])

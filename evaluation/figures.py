@@ -28,7 +28,8 @@ def _figure(width: float, height: float, title: str) -> Any:
     return figure
 
 
-def _spaced(name: str) -> str:
+def spaced(name: str) -> str:
+    """A class's or superclass's name for people to read."""
     return name.replace("_", " ")
 
 
@@ -44,7 +45,7 @@ def confusion_figure(confusion: np.ndarray, coarse_of_fine: np.ndarray, coarse_n
     image = axes.imshow(share, cmap="magma_r", norm=PowerNorm(0.4, 0, 100), interpolation="none")
     ends = np.flatnonzero(np.diff(coarse_of_fine[order])) + 0.5  # between two superclasses
     edges = np.concatenate([[-0.5], ends, [len(order) - 0.5]])
-    present = [_spaced(coarse_names[coarse]) for coarse in sorted(set(coarse_of_fine.tolist()))]
+    present = [spaced(coarse_names[coarse]) for coarse in sorted(set(coarse_of_fine.tolist()))]
     for draw_line in (axes.axhline, axes.axvline):
         for end in ends:
             draw_line(end, color="0.8", lw=0.6)
@@ -69,7 +70,7 @@ def class_accuracy_figure(accuracy: np.ndarray, names: tuple[str, ...], title: s
     every.legend(frameon=False, loc="upper left")
     for axes, some, colour, words in ((worst, order[:EXTREMES][::-1], ORANGE, "the worst"),
                                       (best, order[-EXTREMES:], BLUE, "the best")):
-        bars = axes.barh([_spaced(names[label]) for label in some], accuracy[some], color=colour)
+        bars = axes.barh([spaced(names[label]) for label in some], accuracy[some], color=colour)
         axes.bar_label(bars, fmt="%.0f", padding=2, fontsize=8)
         axes.tick_params(axis="y", labelsize=8)
         axes.set(xlabel="top-1 accuracy (%)", xlim=(0, 115), xticks=(0, 50, 100), title=words)
@@ -98,8 +99,8 @@ def confused_pairs_figure(images: np.ndarray, probabilities: np.ndarray, labels:
             _show(axes, images[at])
         for axes, at in zip(row[EXAMPLES:], recognised[:LOOKALIKES], strict=False):
             _show(axes, images[at])
-        words = (f"{_spaced(names[label])}, taken for {_spaced(names[taken_for])} {times} times "
-                 f"in {int((labels == label).sum())}", f"{_spaced(names[taken_for])}, recognised")
+        words = (f"{spaced(names[label])}, taken for {spaced(names[taken_for])} {times} times "
+                 f"in {int((labels == label).sum())}", f"{spaced(names[taken_for])}, recognised")
         for axes, text in zip((row[0], row[EXAMPLES]), words, strict=True):
             axes.annotate(text, (0, 1), xytext=(0, 3), xycoords="axes fraction", textcoords="offset points",
                           fontsize=9).set_in_layout(False)
@@ -116,8 +117,8 @@ def mistakes_figure(images: np.ndarray, probabilities: np.ndarray, labels: np.nd
     for axes, at in zip(grid.flat, positions, strict=False):
         guess = probabilities[at].argmax()
         _show(axes, images[at])
-        axes.set_title(f"{_spaced(names[guess])} {100 * probabilities[at, guess]:.1f}%\n"
-                       f"is {_spaced(names[labels[at]])}", fontsize=7.5)
+        axes.set_title(f"{spaced(names[guess])} {100 * probabilities[at, guess]:.1f}%\n"
+                       f"is {spaced(names[labels[at]])}", fontsize=7.5)
     return figure
 
 

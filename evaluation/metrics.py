@@ -108,6 +108,13 @@ class Calibration:
     count: np.ndarray
     ece: float
 
+    @property
+    def overall(self) -> tuple[float, float]:
+        """Mean confidence and accuracy over all pictures, in percent."""
+        confidence, accuracy = (float(np.nansum(means * self.count) / self.count.sum())
+                                for means in (self.confidence, self.accuracy))
+        return confidence, accuracy
+
 
 def calibration(probabilities: np.ndarray, labels: np.ndarray, bins: int = 15) -> Calibration:
     """Of probabilities [N, C] and labels, int64 [N]. A bin has its upper edge and not its lower one."""

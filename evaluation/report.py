@@ -11,6 +11,7 @@ from typing import Any
 
 import numpy as np
 
+from evaluation.figures import spaced
 from evaluation.metrics import softmax
 from evaluation.runs import FinishedRun, TestPictures
 from runs import write_text
@@ -50,7 +51,7 @@ def write_report(runs: list[FinishedRun], rows: list[dict[str, Any]], test: Test
         sheets={label: _sheet(images[test.fine_labels == label]) for label in np.flatnonzero(counts)},
         superclasses=_superclasses(test),
         first_label=int(test.fine_labels.min()),
-        data={"names": [_spaced(name) for name in test.fine_names], "counts": counts.tolist(),
+        data={"names": [spaced(name) for name in test.fine_names], "counts": counts.tolist(),
               "guesses": [_base64(_guesses(run.logits(test)[by_class]).tobytes()) for run in runs]},
     )
     size = len(text.encode())
@@ -62,10 +63,6 @@ def write_report(runs: list[FinishedRun], rows: list[dict[str, Any]], test: Test
 
 def _base64(content: bytes) -> str:
     return base64.b64encode(content).decode("ascii")
-
-
-def _spaced(name: str) -> str:
-    return name.replace("_", " ")
 
 
 def _guesses(logits: np.ndarray) -> np.ndarray:
@@ -104,7 +101,7 @@ def _figure(title: str, figure: Any) -> dict[str, str]:
 def _superclasses(test: TestPictures) -> list[tuple[str, list[tuple[int, str]]]]:
     """Each superclass's name with the labels and names of its classes, as far as there are pictures of them."""
     pairs = sorted(set(zip(test.coarse_labels.tolist(), test.fine_labels.tolist(), strict=True)))
-    return [(_spaced(name), [(fine, _spaced(test.fine_names[fine])) for of, fine in pairs if of == coarse])
+    return [(spaced(name), [(fine, spaced(test.fine_names[fine])) for of, fine in pairs if of == coarse])
             for coarse, name in enumerate(test.coarse_names)]
 
 

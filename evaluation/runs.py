@@ -34,18 +34,18 @@ class TestPictures:
         self.images = split.images[order]
         self.fine_labels, self.coarse_labels = split.fine_labels[order].numpy(), split.coarse_labels[order].numpy()
         self.fine_names, self.coarse_names = split.fine_names, split.coarse_names
-        listed = _read_hashes(near_duplicates) if near_duplicates and not synthetic else []
-        self.distinct = ~np.isin(self.hashes, np.array(listed, dtype=np.uint64))
+        listed = _read_hashes(near_duplicates) if near_duplicates and not synthetic else ()
+        self.distinct = ~np.isin(self.hashes, listed)
 
 
-def _read_hashes(path: Path) -> list[int]:
-    """The pictures that a list of near-duplicates names; none if there is no list."""
+def _read_hashes(path: Path) -> np.ndarray:
+    """The pictures that a list of near-duplicates names, uint64 [N]; none if there is no list."""
     if not path.exists():
-        return []
+        return np.array([], dtype=np.uint64)
     try:
         with open(path, newline="") as file:
-            return [int(row["test_hash"], 16) for row in csv.DictReader(file)]
-    except (KeyError, TypeError, ValueError) as error:
+            return np.array([int(row["test_hash"], 16) for row in csv.DictReader(file)], dtype=np.uint64)
+    except (KeyError, TypeError, ValueError, OverflowError) as error:
         raise UserError(f"{path} has no column test_hash of 16 hexadecimal digits: make it again with "
                         "python explore.py") from error
 
@@ -63,7 +63,7 @@ class FinishedRun:
 
     @property
     def label(self) -> str:
-        """What it is called on the command line, where a user's own run may have the same name."""
+        """What names it and no other run: a user's own one may have a published one's name."""
         return f"{PUBLISHED}/{self.name}" if self.published else self.name
 
     @cached_property
@@ -161,3 +161,8 @@ def find_runs(results_dir: Path) -> list[FinishedRun]:
                       for folder in (results_dir, results_dir / PUBLISHED))
     return [FinishedRun(path.parent) for path in own if (path.parent / "model.safetensors").exists()] \
         + [FinishedRun(path.parent, published=True) for path in published]
+
+
+def runs_by_name(runs: list[FinishedRun]) -> dict[str, FinishedRun]:
+    """Runs by what they may be called: their labels, and a published one its name if no own run has it."""
+    return {run.name: run for run in runs if run.published} | {run.label: run for run in runs}

@@ -153,13 +153,12 @@ def _line(runs: list[FinishedRun], logits: np.ndarray, test: TestPictures) -> st
 
 
 def comparison(a: FinishedRun, b: FinishedRun, test: TestPictures) -> str:
-    """Two runs' top-1 accuracies and whether chance explains the difference, in words."""
+    """Two runs' top-1 accuracies and whether chance alone explains the difference, in words."""
     right_a, right_b = (run.logits(test).argmax(1) == test.fine_labels for run in (a, b))
     outcome = mcnemar(right_a, right_b)
-    name_a, name_b = (a.name, b.name) if a.name != b.name else (a.label, b.label)
     p = "p < 1e-99" if outcome.p < 1e-99 else f"p = {outcome.p:.2g}"
-    verdict = "the difference is more than chance among these pictures explains" if outcome.p < 0.05 \
-        else "chance among these pictures may explain the difference"
-    return (f"{name_a} {100 * right_a.mean():.2f}%, {name_b} {100 * right_b.mean():.2f}%, on the same "
-            f"{len(test.hashes):,} pictures.\nOnly {name_a} is right on {outcome.only_a:,} of them, only {name_b} on "
+    verdict = "chance alone does not explain the difference" if outcome.p < 0.05 \
+        else "chance may explain the difference"
+    return (f"{a.label} {100 * right_a.mean():.2f}%, {b.label} {100 * right_b.mean():.2f}%, on the same "
+            f"{len(test.hashes):,} pictures.\nOnly {a.label} is right on {outcome.only_a:,} of them, only {b.label} on "
             f"{outcome.only_b:,}: {p} (exact McNemar test), {verdict}.")

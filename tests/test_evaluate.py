@@ -18,7 +18,7 @@ import torch
 import evaluate
 from evaluation import blocks, publish
 from evaluation import runs as finished_runs
-from evaluation.metrics import measure
+from evaluation.metrics import measure, softmax
 from evaluation.runs import FinishedRun, TestPictures, find_runs
 from evaluation.tables import CITED, readme_table
 from models import load_model, save_model
@@ -187,7 +187,8 @@ def test_two_runs_are_compared_on_the_same_pictures(trained: Path, capsys: pytes
     assert f"mlp-s0 {100 * a.mean():.2f}%, mlp-s1 {100 * b.mean():.2f}%" in words
     assert f"Only mlp-s0 is right on {(a & ~b).sum()} of them, only mlp-s1 on {(b & ~a).sum()}" in words
     assert evaluate_main(trained, "--compare", "mlp-s0", "mlp-s0") == 0
-    assert "p = 1 " in capsys.readouterr().out
+    words = capsys.readouterr().out
+    assert "p = 1 " in words and "chance may explain the difference" in words
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -292,6 +293,17 @@ def test_evaluating_one_run_renews_nothing(published: Place) -> None:
     assert published.main("mlp-s0") == 0
     assert published.readme.read_text() == README
     assert not (published.results / "results.json").exists()
+
+
+def test_a_comparison_says_which_of_two_runs_of_a_name_it_means(
+    published: Place, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """The own mlp-s0 comes before the published one; mlp-s1 is published only, from another-name."""
+    assert published.main("--compare", "mlp-s0", "mlp-s1") == 0
+    words = capsys.readouterr().out
+    assert words.startswith("mlp-s0 ") and "only published/mlp-s1 on" in words
+    assert published.main("--compare", "published/mlp-s0", "mlp-s1") == 0
+    assert capsys.readouterr().out.startswith("published/mlp-s0 ")
 
 
 def test_a_published_run_is_not_replaced(published: Place, capsys: pytest.CaptureFixture[str]) -> None:
@@ -403,9 +415,12 @@ def test_accuracy_is_told_without_near_duplicates_too(published: Place, capsys: 
     assert published.main("--check") == 0
 
 
-def test_a_damaged_list_of_near_duplicates_is_refused(published: Place, capsys: pytest.CaptureFixture[str]) -> None:
+@pytest.mark.parametrize("name", ["no hash", "1" + 16 * "0", "-1"])  # 65 bits, and none
+def test_a_damaged_list_of_near_duplicates_is_refused(
+    name: str, published: Place, capsys: pytest.CaptureFixture[str]
+) -> None:
     list_near_duplicates(published, np.array([], dtype=np.uint64))
-    (published.results / "data" / "near_duplicates.csv").write_text("test_hash\nno hash\n")
+    (published.results / "data" / "near_duplicates.csv").write_text(f"test_hash\n{name}\n")
     assert published.main() == 2
     assert "near_duplicates.csv" in error_line(capsys)
 
@@ -510,11 +525,38 @@ def documented(held_out: Place, capsys: pytest.CaptureFixture[str]) -> Place:
 def test_every_block_is_written_and_holds(documented: Place) -> None:
     text = (documented.readme.parent / "docs" / "all.md").read_text()
     for expected in ("| mlp | ", "| MSE against the one-hot label | 0.01486 |", "knows these classes best",
-                     "10 are near-duplicates", "| ECE with it (points) |\n|---|---:|---:|---:|\n| mlp-s0 | ",
-                     "exact McNemar test", "| overfit_riddle.md | 7 |", "$ python predict.py docs/figures/drawing.png"):
+                     "% are at least of the right superclass", "10 are near-duplicates", "| mean confidence (%) |",
+                     "---:|\n| mlp-s0 | ", "exact McNemar test", "| overfit_riddle.md | 7 |",
+                     "$ python predict.py docs/figures/drawing.png"):
         assert expected in text
     assert text.count("above") == len(blocks.BLOCKS)
     assert documented.main("--check") == 0
+
+
+def block(place: Place, name: str) -> str:
+    """What stands in a block of `documented`'s document."""
+    text = (place.readme.parent / "docs" / "all.md").read_text()
+    return next(text[begins:ends].strip() for found, begins, ends in blocks.find_blocks(text, "all.md")
+                if found == name)
+
+
+def test_blocks_hold_what_the_logits_say(documented: Place) -> None:
+    test = TestPictures("", synthetic=True)
+    one, other = (FinishedRun(documented.published / name, published=True).logits(test)
+                  for name in ("mlp-s0", "mlp-s1"))
+    together = (softmax(one) + softmax(other)).argmax(1)
+    alone = [100 * (logits.argmax(1) == test.fine_labels).mean() for logits in (one, other)]
+    (row,) = block(documented, "squeeze").splitlines()[2:]  # the other recipe has one seed
+    assert row == f"| mlp | 2 | {np.mean(alone):.2f} | {100 * (together == test.fine_labels).mean():.2f} |"
+
+    sure = 100 * softmax(one).max(1).mean()
+    assert block(documented, "calibration").splitlines()[2].startswith(f"| mlp-s0 | {alone[0]:.2f} | {sure:.2f} | ")
+
+    superclass = dict(zip(test.fine_labels.tolist(), test.coarse_labels.tolist(), strict=True))
+    wrong = [(guess, label) for guess, label in zip(one.argmax(1).tolist(), test.fine_labels.tolist(), strict=True)
+             if guess != label]
+    related = 100 * np.mean([superclass[guess] == superclass[label] for guess, label in wrong])
+    assert f"Of its wrong guesses {related:.0f}% are" in block(documented, "classes")
 
 
 def test_each_block_edited_by_hand_fails_the_check(documented: Place, capsys: pytest.CaptureFixture[str]) -> None:
@@ -546,6 +588,27 @@ def test_a_block_without_its_data_is_left_as_it_was_and_named(
         output = capsys.readouterr().out
         assert "block calibration: " in output and "block no-such: " in output
     assert document.read_text() == before
+
+
+def lose_the_drawing(place: Place, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(blocks, "ROOT", place.results)
+
+
+def damage_the_weights(place: Place, monkeypatch: pytest.MonkeyPatch) -> None:
+    for path in place.published.glob("*/model.safetensors"):
+        path.write_bytes(path.read_bytes()[:1000])
+
+
+@pytest.mark.parametrize(("spoil", "reason"), [
+    (lose_the_drawing, "drawing.png does not exist"), (damage_the_weights, "cannot be read as a weights file")])
+def test_a_drawing_that_cannot_be_classified_is_named_with_its_block(
+    spoil: Callable[[Place, pytest.MonkeyPatch], None], reason: str, documented: Place,
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    spoil(documented, monkeypatch)
+    assert documented.main("--check") == 1
+    (line,) = [line for line in capsys.readouterr().out.splitlines() if "block prediction: " in line]
+    assert reason in line
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -697,4 +760,4 @@ def test_the_committed_blocks_are_made_from_the_committed_results() -> None:
         assert blocks.with_blocks(text, path.name, lambda name, old: made.get(name, old)) == text
         found += [name for name, *_ in blocks.find_blocks(text, path.name)]
     assert found.count("results") == 1 and found.count("overfit") == 2
-    assert set(found) <= set(blocks.BLOCKS)
+    assert set(found) == set(blocks.BLOCKS)

@@ -1,6 +1,7 @@
 """Looking at the data: copies are found and strangers are not, the views are the training's, the script writes all."""
 
 import csv
+import dataclasses
 from pathlib import Path
 
 import pytest
@@ -8,15 +9,16 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+import engine
 import explore
 import train_cnn
 import train_mlp
 from settings import Script, Settings, exit_status
-from tests.helpers import drawn_once, error_line  # noqa: F401 (the first is a fixture)
+from tests.helpers import MACHINE, drawn_once, error_line  # noqa: F401 (drawn_once is a fixture)
 from utils import Split, load_cifar100, load_test_set, picture_hashes, to_float
 
 FIGURES = {"superclasses.png", "means.png", "extremes.png", "inputs.png", "inputs_mlp.png", "near_duplicates.png"}
-LISTS = {"label_counts.csv", "near_duplicates.csv"}
+LISTS = {"label_counts.csv", "baselines.csv", "near_duplicates.csv"}
 STILL = dict(flip=False, crop=0, jitter=0.0, mixup=0.0, device="cpu")  # no augmentation
 
 
@@ -99,6 +101,25 @@ def test_a_mean_picture_is_that_of_its_class(split):
     assert torch.allclose(explore.mean_pictures(split)[42], of_class.float().mean(0) / 255, atol=1e-5)
 
 
+# ---- dumb baselines ----
+
+
+def test_baselines_are_right_where_they_must_be(split):
+    colours = 255 * torch.tensor([[0, 0, 0], [1, 0, 0], [0, 1, 0], [0, 0, 1]], dtype=torch.uint8)
+    labels = torch.tensor([0, 1, 1, 2, 3])
+    plain = Split(colours[labels][:, :, None, None].expand(-1, -1, 32, 32), labels, labels,
+                  split.fine_names[:4], split.coarse_names)
+    assert list(explore.baselines(plain, plain).values()) == [40, 100, 100]
+    others = dataclasses.replace(plain, fine_labels=(labels + 1) % 4)  # whatever is alike has another class
+    assert list(explore.baselines(plain, others).values()) == [20, 0, 0]
+
+
+def test_the_nearest_picture_is_that_of_the_least_distance():
+    some, others = blobs(20, seed=1).double(), blobs(700, seed=0).double()
+    expected = [int((others - picture).square().sum((1, 2, 3)).argmin()) for picture in some]
+    assert explore.nearest(some, others).tolist() == expected
+
+
 # ---- what enters a network ----
 
 
@@ -122,6 +143,29 @@ def test_the_views_follow_the_recipe_from_epoch_to_epoch(split):
     seen = views(train_cnn.SCRIPT, settings, split, range(4))
     assert [view.shape[2] for view in seen] == [16, 16, 32, 32]
     assert torch.equal(seen[2], seen[3].flip(3))  # alternating flips
+
+
+@pytest.mark.parametrize(("script", "side"), [
+    pytest.param(train_cnn, ("--sides", "32"), id="cnn"), pytest.param(train_mlp, ("--side", "32"), id="mlp")])
+def test_the_views_are_what_a_training_trains_on(script, side, tmp_path, monkeypatch):
+    """At 32 pixels, where nothing stands between `training_step` and the first layer but the normalisation."""
+    batches, told = [], []
+
+    def note(model, optimizers, images, targets, settings):
+        batches.append(images.clone())
+        told.append(settings)
+        return torch.zeros(len(images), 100), torch.zeros(())
+
+    monkeypatch.setattr(engine, "training_step", note)
+    flags = ["--synthetic", "--epochs", "1", "--batch-size", "500", "--widths", "8,8,8", "--crop", "4",
+             "--jitter", "0.2", "--mixup", "0.5", "--seed", "3", "--refresh-norms", "0", "--results-dir", str(tmp_path),
+             *MACHINE, *side]
+    assert exit_status(lambda: script.main(flags)) == 0
+    trained_on = torch.cat(batches)
+    for view in views(script.SCRIPT, told[0], load_cifar100("", use_synthetic=True)[0])[0]:
+        distance = (trained_on - view).abs().amax((1, 2, 3))
+        assert int((distance < 1e-5).sum()) == 1
+        assert int((distance < 0.05).sum()) == 1  # so this is no matter of the tolerance
 
 
 # ---- the script ----
@@ -150,6 +194,7 @@ def test_the_lists_can_be_read(explored):
     with open(explored / "near_duplicates.csv", newline="") as file:
         pairs = list(csv.DictReader(file))
     test = {int(name) for name in picture_hashes(load_test_set("", use_synthetic=True).images)}
+    assert pairs
     assert all(int(row["test_hash"], 16) in test and len(row["test_hash"]) == 16 for row in pairs)
 
 

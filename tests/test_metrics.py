@@ -118,6 +118,7 @@ def test_the_calibration_error_agrees_with_a_hand_worked_case() -> None:
     np.testing.assert_allclose(found.confidence, [np.nan, np.nan, 65, 90])
     np.testing.assert_allclose(found.accuracy, [np.nan, np.nan, 100, 50])
     assert found.ece == pytest.approx((2 * 35 + 4 * 40) / 6)
+    assert found.overall == pytest.approx((np.mean(100 * sure), 100 * 4 / 6))
 
 
 def test_a_bin_has_its_upper_edge() -> None:

@@ -23,13 +23,19 @@ TINY = Network(train_mlp.SCRIPT, "mlp",
                dict(epochs=4, batch_size=250, widths=(256, 128), optimizer="adamw", lr=5e-3, flip=False,
                     crop=0, mixup=0.0, precision="float32"),
                smaller=dict(widths=(16, 16)))
+TINY_CONVNET = replace(
+    NETWORKS["convnet"], changes=NETWORKS["convnet"].changes | dict(
+        epochs=4, batch_size=125, sides=(12,), widths=(16, 64), blocks=(1, 1), crop=0, precision="float32"),
+    smaller=dict(widths=(2, 4)))
+BOTH = pytest.mark.parametrize("subject", ["tiny", "tiny-convnet"], indirect=True)
 
 
 @pytest.fixture(scope="module", autouse=True)
 def tiny() -> Iterator[None]:
-    """A small network to be checked by name, on a machine that is not measured each time."""
+    """Small networks to be checked by name, on a machine that is not measured each time."""
     with pytest.MonkeyPatch.context() as patch:
         patch.setitem(NETWORKS, "tiny", TINY)
+        patch.setitem(NETWORKS, "tiny-convnet", TINY_CONVNET)
         patch.setattr(engine, "machine_facts", lambda device: {})
         yield
 
@@ -39,15 +45,11 @@ def run(results_dir: Path, *flags: str) -> int:
     return exit_status(lambda: sanity_checks.main([*flags, "--synthetic", "--results-dir", str(results_dir)]))
 
 
-@pytest.fixture(scope="module")
-def sound(drawn_once: None) -> Subject:  # noqa: F811
-    return sanity_checks.make_subject("tiny", 0, True, *load_cifar100("", use_synthetic=True))
-
-
 @pytest.fixture
-def subject(sound: Subject) -> Subject:
-    """Nothing is trained yet."""
-    return replace(sound)
+def subject(drawn_once: None, request: pytest.FixtureRequest) -> Subject:  # noqa: F811
+    """The tiny MLP, or in a test marked BOTH the tiny convnet as well. Nothing is trained yet."""
+    name = getattr(request, "param", "tiny")
+    return sanity_checks.make_subject(name, 0, True, *load_cifar100("", use_synthetic=True))
 
 
 def check(name: str, subject: Subject) -> Outcome:
@@ -75,14 +77,15 @@ def with_train_labels(subject: Subject, labels: Tensor) -> Subject:
 # ---------------------------------------------------------------------------------------------------------------------
 
 
+@pytest.mark.parametrize("name", ["tiny", "tiny-convnet"])
 def test_a_sound_network_passes_every_check_and_leaves_a_film_strip(
-    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+    name: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    assert run(tmp_path, "--model", "tiny") == 0
+    assert run(tmp_path, "--model", name) == 0
     verdicts = [line for line in capsys.readouterr().out.splitlines() if line.startswith(("PASS", "FAIL"))]
     assert [line[6:33].rstrip() for line in verdicts] == list(CHECKS)
     assert all(line.startswith("PASS") for line in verdicts), verdicts
-    assert (tmp_path / "sanity_checks" / "tiny" / "film_strip.png").read_bytes().startswith(b"\x89PNG")
+    assert (tmp_path / "sanity_checks" / name / "film_strip.png").read_bytes().startswith(b"\x89PNG")
 
 
 def test_the_film_strip_says_what_it_shows(subject: Subject) -> None:
@@ -111,6 +114,21 @@ def test_shuffled_labels_fail_the_input_independent_baseline(subject: Subject) -
     assert check("overfit one batch", bugged).passed  # any labels can be learnt by heart
 
 
+def test_a_label_in_the_pictures_fails_the_input_independent_baseline(
+    subject: Subject, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    right = engine.batches
+
+    def leaking(*arguments: Any, **options: Any) -> Iterator[tuple[Tensor, Tensor]]:
+        for images, labels in right(*arguments, **options):
+            images[torch.arange(len(labels)), 0, labels // 10 * 3, labels % 10 * 3] = 1.0  # a dot for each class
+            yield images, labels
+
+    assert subject.trained  # without the leak, so that it is the zeroed pictures that fail
+    monkeypatch.setattr(engine, "batches", leaking)
+    assert not check("input-independent baseline", subject).passed
+
+
 def test_labels_shuffled_anew_in_each_batch_cannot_be_overfitted(
     subject: Subject, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -124,6 +142,7 @@ def test_labels_shuffled_anew_in_each_batch_cannot_be_overfitted(
     assert not check("overfit one batch", subject).passed
 
 
+@BOTH
 def test_a_softmax_in_the_network_fails_the_overfit_check(subject: Subject) -> None:
     def add_softmax(model: nn.Module) -> None:
         model.head = nn.Sequential(model.head, nn.Softmax(1))
@@ -133,6 +152,7 @@ def test_a_softmax_in_the_network_fails_the_overfit_check(subject: Subject) -> N
     assert check("loss at initialisation", bugged).passed  # which is why this bug is a classic
 
 
+@BOTH
 def test_a_softmax_before_the_loss_fails_the_overfit_check(subject: Subject, monkeypatch: pytest.MonkeyPatch) -> None:
     def twice(logits: Tensor, targets: Tensor, **options: Any) -> Tensor:
         return F.cross_entropy(logits.softmax(1), targets, **options)
@@ -161,6 +181,16 @@ def test_view_where_permute_was_meant_fails_the_gradient_check(subject: Subject)
     assert not check("gradient of one example", bugged).passed
 
 
+def test_a_network_that_ignores_the_pictures_fails_the_gradient_check(subject: Subject) -> None:
+    class Blind(nn.Module):
+        def forward(self, images: Tensor) -> Tensor:
+            return torch.zeros_like(images)
+
+    bugged = with_networks(subject, lambda model: setattr(model, "shrink", nn.Sequential(Blind(), model.shrink)))
+    assert not check("gradient of one example", bugged).passed
+
+
+@BOTH
 def test_a_missing_zero_grad_fails_the_check_of_forgotten_gradients(
     subject: Subject, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -171,6 +201,14 @@ def test_a_missing_zero_grad_fails_the_check_of_forgotten_gradients(
 
     monkeypatch.setattr(engine, "descend", without_zero_grad)
     assert not check("gradients are forgotten", subject).passed
+
+
+@BOTH
+def test_validation_pictures_that_are_trained_on_fail_the_train_val_gap(subject: Subject) -> None:
+    known = subject.train_split[torch.arange(0, len(subject.train_split), 5)]
+    bugged = replace(subject, val_split=known)
+    assert not check("train/val gap", bugged).passed
+    assert check("predictions over time", bugged).passed  # they look the better for it
 
 
 def test_augmented_validation_pictures_fail_the_validation_by_hand(
@@ -184,6 +222,7 @@ def test_augmented_validation_pictures_fail_the_validation_by_hand(
     assert not check("validation by hand", subject).passed
 
 
+@BOTH
 def test_batch_norm_in_training_mode_at_validation_fails_the_validation_by_hand(
     subject: Subject, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -195,6 +234,7 @@ def test_batch_norm_in_training_mode_at_validation_fails_the_validation_by_hand(
     assert not check("validation by hand", subject).passed
 
 
+@BOTH
 def test_batch_norm_in_evaluation_mode_at_training_fails_the_check_of_its_modes(
     subject: Subject, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -217,6 +257,16 @@ def test_a_head_that_starts_too_large_fails_the_loss_at_initialisation(subject: 
         model.head.weight.data.mul_(10)
 
     assert not check("loss at initialisation", with_networks(subject, enlarge)).passed
+
+
+@pytest.mark.parametrize("subject", ["tiny-convnet"], indirect=True)
+def test_biases_that_start_at_random_fail_the_loss_at_initialisation(subject: Subject) -> None:
+    """Of a head with unit variance too, whose first loss in training mode may be nearly anything."""
+    def add_biases(model: nn.Module) -> None:
+        model.head.bias = nn.Parameter(9 * torch.randn(100))
+
+    assert check("loss at initialisation", subject).passed
+    assert not check("loss at initialisation", with_networks(subject, add_biases)).passed
 
 
 def test_unseeded_randomness_fails_the_same_seed(subject: Subject, monkeypatch: pytest.MonkeyPatch) -> None:

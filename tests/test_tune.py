@@ -15,7 +15,6 @@ import pytest
 from torch import Tensor
 
 import engine
-import runs
 import train_mlp
 import tune
 from overfit import LOSSES
@@ -41,9 +40,8 @@ TINY = Search(
 
 @pytest.fixture(autouse=True)
 def tiny(monkeypatch: pytest.MonkeyPatch) -> None:
-    """A search of trials of ten steps, whose runs draw nothing."""
+    """A search of trials of ten steps."""
     monkeypatch.setitem(tune.SEARCHES, "mlp", TINY)
-    monkeypatch.setattr(runs, "save_figure", lambda figure, path: None)
 
 
 def search(results_dir: Path, *flags: str) -> int:
@@ -53,7 +51,7 @@ def search(results_dir: Path, *flags: str) -> int:
 
 def trials(results_dir: Path) -> list[Any]:
     """The search's trials, whatever they came to."""
-    study = tune.open_study(results_dir / "tune" / "mlp", TINY, TINY.settings(synthetic=True))
+    study = tune.open_study(results_dir / "tune" / "mlp-synthetic", TINY, TINY.settings(synthetic=True))
     return study.get_trials()
 
 
@@ -95,7 +93,7 @@ def test_figures_and_importance_come_when_there_are_trials_enough(
     tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(tune, "ENOUGH", 3)
-    folder = tmp_path / "tune" / "mlp"
+    folder = tmp_path / "tune" / "mlp-synthetic"
     assert search(tmp_path, "--trials", "2") == 0
     assert {path.name for path in folder.iterdir()} == {".lock", "journal.log", "history.png"}
     assert search(tmp_path, "--trials", "1") == 0
@@ -150,6 +148,17 @@ def test_a_search_is_not_continued_with_other_settings(
 
 
 @needs_optuna
+def test_a_search_on_synthetic_pictures_leaves_the_real_one_alone(tmp_path: Path) -> None:
+    real = tmp_path / "tune" / "mlp"
+    real.mkdir(parents=True)
+    study = tune.open_study(real, TINY, TINY.settings())
+    study.tell(study.ask(), 70.0)
+    assert search(tmp_path, "--trials", "1") == 0
+    assert [trial.value for trial in tune.open_study(real, TINY, TINY.settings()).get_trials()] == [70.0]
+    assert states(tmp_path) == ["COMPLETE"]
+
+
+@needs_optuna
 def test_a_diverging_trial_does_not_end_the_search(
     tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -191,14 +200,14 @@ def test_a_killed_search_leaves_no_trial_that_seems_to_run(tmp_path: Path) -> No
 
 @needs_optuna
 def test_a_damaged_journal_is_one_clear_line(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    (tmp_path / "tune" / "mlp").mkdir(parents=True)
-    (tmp_path / "tune" / "mlp" / "journal.log").write_text("what\nis\nthis\n")
+    (tmp_path / "tune" / "mlp-synthetic").mkdir(parents=True)
+    (tmp_path / "tune" / "mlp-synthetic" / "journal.log").write_text("what\nis\nthis\n")
     assert search(tmp_path) == 2
     assert "journal.log is damaged" in error_line(capsys)
 
 
 def test_two_searches_do_not_share_a_folder(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    folder = tmp_path / "tune" / "mlp"
+    folder = tmp_path / "tune" / "mlp-synthetic"
     folder.mkdir(parents=True)
     with open(folder / ".lock", "w") as file:
         fcntl.flock(file, fcntl.LOCK_EX)
