@@ -14,12 +14,13 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
-from torch import nn
+from torch import Tensor, nn
 
 from settings import Settings
 from utils import Split, UserError, to_float
 
-TRIAL_PICTURES = 32  # enough to see which precision is faster, and few enough where one of them is 50 times slower
+TRIAL_PICTURES = (32, 256)  # few are enough where one precision is 50 times slower; else it takes a real batch to see
+CLEAR = 4.0  # times slower
 
 
 def prepare_device(settings: Settings) -> Settings:
@@ -47,18 +48,21 @@ def choose_precision(model: nn.Module, split: Split, settings: Settings) -> Sett
         return settings
     if settings.device != "cpu":
         return replace(settings, precision="bfloat16" if settings.device == "cuda" else "float32")
-    some = min(settings.batch_size, TRIAL_PICTURES)
-    images = to_float(split.images[:some]).contiguous(memory_format=torch.channels_last)
-    labels = split.fine_labels[:some]
     trial = copy.deepcopy(model).train()
 
-    def step(precision: str) -> None:
+    def step(precision: str, images: Tensor, labels: Tensor) -> None:
         trial.zero_grad()
         with autocast("cpu", precision):
-            logits = trial(images)
+            logits = trial(images.contiguous(memory_format=torch.channels_last))
         F.cross_entropy(logits.float(), labels).backward()
 
-    seconds = {name: seconds_per_call(lambda name=name: step(name), budget=1.0) for name in ("float32", "bfloat16")}
+    for pictures in TRIAL_PICTURES:
+        some = min(settings.batch_size, pictures)
+        batch = to_float(split.images[:some]), split.fine_labels[:some]
+        seconds = {name: seconds_per_call(lambda name=name, batch=batch: step(name, *batch), budget=1.0)
+                   for name in ("float32", "bfloat16")}
+        if max(seconds.values()) > CLEAR * min(seconds.values()):
+            break
     return replace(settings, precision=min(seconds, key=seconds.get))
 
 
