@@ -10,7 +10,8 @@ import signal
 import sys
 import time
 from collections.abc import Callable, Iterable
-from dataclasses import dataclass, field, replace
+from contextlib import nullcontext
+from dataclasses import asdict, dataclass, field, replace
 from typing import Any
 
 import torch
@@ -20,11 +21,20 @@ from torch.optim.swa_utils import update_bn
 from torch.utils.flop_counter import FlopCounterMode
 from tqdm import tqdm
 
-from hardware import autocast, choose_precision, machine_facts, peak_memory, prepare_device, wait_for
+from hardware import (
+    autocast,
+    choose_precision,
+    machine_facts,
+    peak_memory,
+    prepare_device,
+    require_memory,
+    wait_for,
+)
 from models.layers import set_side
 from optimizers import make_optimizers, set_rates
-from runs import Run
-from settings import Command, Settings
+from parallel import ALONE, Processes, explained, join
+from runs import METRICS, Run, Unwritten
+from settings import Command, Script, Settings
 from utils import (
     Augmentation,
     Split,
@@ -78,7 +88,9 @@ def epoch_flops(model: nn.Module, pictures: int, settings: Settings) -> list[int
 
 @dataclass
 class _State:
-    """How far a training has come. `loss` and `correct` are sums over the pictures of the epoch under way."""
+    """How far a training has come. `loss` and `correct` are sums over the pictures of the epoch under way, of all
+    processes.
+    """
 
     loss: Tensor
     correct: Tensor
@@ -94,8 +106,9 @@ class _Training:
     """All that changes while training, and the run that it is saved in."""
 
     run: Run
+    processes: Processes
     model: nn.Module
-    forward: nn.Module  # the model, or the same compiled
+    forward: nn.Module  # the model, or the same connected to other processes' or compiled
     optimizers: list[torch.optim.Optimizer]
     flops: list[int]  # of each epoch
     state: _State
@@ -114,17 +127,19 @@ class _Training:
 
         Raises UserError if the checkpoint is damaged or belongs to other settings.
         """
-        saved = self.run.load_checkpoint()
+        saved = self.processes.from_first(self.run.load_checkpoint())
         if saved is None:
             return False
         try:
             self.model.load_state_dict(saved["model"])
             for optimizer, state_dict in zip(self.optimizers, saved["optimizers"], strict=True):
                 optimizer.load_state_dict(state_dict)
+            _require_shapes(self.optimizers)
             device = self.state.loss.device
             self.state = _State(**saved["progress"])
+            _require_possible(self.state, self.run.settings.epochs)
             self.state.loss, self.state.correct = self.state.loss.to(device), self.state.correct.to(device)
-        except (KeyError, TypeError, ValueError, RuntimeError) as error:
+        except (AttributeError, IndexError, KeyError, TypeError, ValueError, RuntimeError) as error:
             path = self.run.checkpoint_path
             raise UserError(f"{path} does not fit the network that its config.json describes ({error})") from error
         return True
@@ -139,6 +154,36 @@ class _Training:
                         f"{kept}; try a smaller --lr or --precision float32")
 
 
+def _require_possible(state: _State, epochs: int) -> None:
+    """Raises ValueError unless a training of so many epochs can have come as far."""
+    counts = [state.epoch, state.step, state.pictures]
+    values = [value for row in state.rows for value in row.values() if value is not None]
+    if any(type(count) is not int or count < 0 for count in counts) \
+            or any(type(value) not in (int, float) for value in [state.epoch_seconds, *values]) \
+            or state.epoch > epochs or [row["epoch"] for row in state.rows] != [*range(1, state.epoch + 1)] \
+            or any(row.keys() != set(METRICS) for row in state.rows) or state.loss.ndim or state.correct.ndim \
+            or state.step > state.pictures:
+        raise ValueError("its progress is impossible")
+
+
+def _require_shapes(optimizers: list[torch.optim.Optimizer]) -> None:
+    """Raises ValueError unless what the optimizers keep of a parameter has its shape, which PyTorch takes on trust."""
+    for optimizer in optimizers:
+        for parameter, kept in optimizer.state.items():
+            if any(tensor.ndim and tensor.shape != parameter.shape for tensor in kept.values()):
+                raise ValueError("an optimizer's state has another shape than its parameter")
+
+
+def new_model(script: Script, settings: Settings, split: Split, num_outputs: int) -> nn.Module:
+    """The network of `settings` with the weights that its seed gives, placed by `fit_and_place`.
+
+    Raises UserError if this machine has not the memory to train it.
+    """
+    require_memory(lambda: script.build_model(settings, num_outputs), settings.device)
+    torch.manual_seed(derived_seed("init", settings.seed))
+    return fit_and_place(script.build_model(settings, num_outputs), split, settings)
+
+
 def fit_and_place(model: nn.Module, split: Split, settings: Settings) -> nn.Module:
     """The model on its device, in channels_last order, with its normalisation fitted to the first training pictures."""
     model.fit_inputs(to_float(split.images[:INPUT_SAMPLE]))
@@ -150,49 +195,72 @@ def train_runs(command: Command) -> int:
 
     Returns the exit status; raises UserError for what the user can put right.
     """
-    resumed = None if command.resume is None else Run.resume(
-        command.results_dir, command.resume, command.script.settings_class, command.given)
-    told = command.settings if resumed is None else resumed.settings
+    with join(command.settings.device) as processes:
+        return _train_runs(command, processes)
+
+
+def _train_runs(command: Command, processes: Processes) -> int:
+    script = command.script
+
+    def agreed(settings: Settings) -> Settings:
+        return script.settings_class(**processes.from_first(asdict(settings)))
+
+    resumed = None
+    if command.resume is not None and processes.is_first:
+        resumed = Run.resume(command.results_dir, command.resume, script.settings_class, command.given, processes.count)
+    told = agreed(command.settings if resumed is None else resumed.settings)
+    if told.batch_size <= 2 * processes.count > 2:
+        raise UserError(f"--batch-size must be above {2 * processes.count} with {processes.count} processes, "
+                        f"not {told.batch_size}")
     train_split, val_split = load_cifar100(
         told.data_folder, train_on_all=told.train_on_all, use_synthetic=told.synthetic)
-    for seed in command.seeds if resumed is None else (told.seed,):
+    for seed in command.seeds if command.resume is None else (told.seed,):
         settings = prepare_device(replace(told, seed=seed))
-        torch.manual_seed(derived_seed("init", seed))
-        model = fit_and_place(command.script.build_model(settings, len(train_split.fine_names)), train_split, settings)
-        if resumed is None:
+        model = new_model(script, settings, train_split, len(train_split.fine_names))
+        if command.resume is None and processes.is_first:
             settings = choose_precision(model, train_split, settings)
-            told = replace(told, precision=settings.precision)  # the same for every seed
-        with resumed or Run.create(
-            command.results_dir, settings, command.name, command.script.command_for(settings)
-        ) as run:
-            status = _train_and_tell(model, train_split, val_split, run, command)
+        settings = agreed(settings)
+        told = replace(told, precision=settings.precision)  # the same for every seed
+        run = resumed
+        if run is None and processes.is_first:
+            run = Run.create(command.results_dir, settings, command.name,
+                             script.command_for(settings, processes.count), processes.count)
+        name = processes.from_first("" if run is None else run.name)
+        with run or nullcontext(Unwritten(name, settings)) as opened:
+            status = _train_and_tell(model, train_split, val_split, opened, command, processes)
         if status:
             return status
     return 0
 
 
-def _train_and_tell(model: nn.Module, train_split: Split, val_split: Split | None, run: Run, command: Command) -> int:
+def _train_and_tell(
+    model: nn.Module, train_split: Split, val_split: Split | None, run: Run | Unwritten, command: Command,
+    processes: Processes,
+) -> int:
     """One run, with the words a user reads around it; returns the exit status."""
     settings = run.settings
+    tell = print if processes.is_first else lambda *words, **options: None
+    again = command.next_command(f"{command.script.started(processes.count)} --resume {run.name}")
     measure = f"measure it on the test set: {command.next_command(f'python evaluate.py {run.name}')}"
-    if run.finished:
-        print(f"{run.name} is finished already; {measure}")
+    if processes.from_first(run.finished):
+        tell(f"{run.name} is finished already; {measure}")
         return 0
-    print(f"{run.name}: {settings.epochs} epochs on {len(train_split):,} {settings.pictures}, {settings.precision} on "
-          f"{settings.device} with {settings.threads} threads, in {run.folder}", flush=True)
+    start = f"{processes.count} processes, each " if processes.count > 1 else ""
+    tell(f"{run.name}: {settings.epochs} epochs on {len(train_split):,} {settings.pictures}, {settings.precision} on "
+         f"{settings.device} with {start}{settings.threads} threads, in {command.results_dir / run.name}", flush=True)
     try:
-        result = train(model, train_split, val_split, run, quiet=command.quiet)
+        with explained(f"go on with: {again}"):
+            result = train(model, train_split, val_split, run, quiet=command.quiet, processes=processes)
     except Interrupted as stop:
         if run.finished:
-            print(f"\n{stop}: {run.name} is finished, and nothing after it was started; {measure}", flush=True)
-            return stop.status
-        again = command.next_command(f"python {command.script.file} --resume {run.name}")
-        print(f"\n{stop}: the state is saved; go on with: {again}", flush=True)
+            tell(f"\n{stop}: {run.name} is finished, and nothing after it was started; {measure}", flush=True)
+        else:
+            tell(f"\n{stop}: the state is saved; go on with: {again}", flush=True)
         return stop.status
     accuracy = "trained on all pictures, so there is no validation accuracy" if result["val_acc"] is None \
         else f"validation accuracy {result['val_acc']:.2f}%"
-    print(f"{run.name}: {accuracy}; {result['train_seconds']:.0f} s of training, {result['train_flops']:.1e} FLOPs, "
-          f"{result['images_per_second']:,.0f} images/s\n{measure}", flush=True)
+    tell(f"{run.name}: {accuracy}; {result['train_seconds']:.0f} s of training, {result['train_flops']:.1e} FLOPs, "
+         f"{result['images_per_second']:,.0f} images/s\n{measure}", flush=True)
     return 0
 
 
@@ -204,22 +272,25 @@ def print_epoch(row: dict[str, Any], settings: Settings) -> None:
 
 
 def train(
-    model: nn.Module, train_split: Split, val_split: Split | None, run: Run, *, quiet: bool = False,
-    after_epoch: Callable[[dict[str, Any], Settings], None] = print_epoch,
+    model: nn.Module, train_split: Split, val_split: Split | None, run: Run | Unwritten, *, quiet: bool = False,
+    after_epoch: Callable[[dict[str, Any], Settings], None] = print_epoch, processes: Processes = ALONE,
 ) -> dict[str, Any]:
     """Train `model`, placed by `fit_and_place`, as `run.settings` say, from the run's checkpoint if it has one.
 
     Writes the run's files and returns what `result.json` holds. Raises Interrupted after a signal, with the state
     saved, and UserError if the loss is no longer finite, with the last good checkpoint in place. `after_epoch` gets
-    each epoch's row of `metrics.csv`, and may raise to end the training there.
+    each epoch's row of `metrics.csv`, and may raise to end the training there. Of several `processes` all call this
+    alike; the first one alone has a run that is written, validates and calls `after_epoch`.
     """
     settings, device = run.settings, torch.device(run.settings.device)
     data = train_split.to(device)
     steps = steps_per_epoch(len(data), settings.batch_size)
     state = _State(loss=torch.zeros((), device=device), correct=torch.zeros((), device=device, dtype=torch.int64))
     flops = epoch_flops(model, len(data), settings)
-    forward = torch.compile(model) if settings.compile else model
-    training = _Training(run, model, forward, make_optimizers(model, settings), flops, state,
+    forward = processes.connect(model)
+    if settings.compile:
+        forward = torch.compile(forward)
+    training = _Training(run, processes, model, forward, make_optimizers(model, settings), flops, state,
                          saved_at=time.monotonic())
     with StopRequest() as stop:
         machine = machine_facts(device.type)
@@ -227,23 +298,31 @@ def train(
         state = training.state
         done = sum(flops[:state.epoch]) + (flops[state.epoch] * state.step / steps if state.step else 0)
         with tqdm(total=sum(flops), initial=done, unit="FLOP", unit_scale=True,  # steps differ in length, FLOPs do not
-                  disable=True if quiet else None, mininterval=REFRESH_SECONDS, dynamic_ncols=True) as bar:
+                  disable=True if quiet or not processes.is_first else None, mininterval=REFRESH_SECONDS,
+                  dynamic_ncols=True) as bar:
             while state.epoch < settings.epochs:
                 _train_epoch(training, data, stop, bar)
-                _end_epoch(state, model, val_split, training.optimizers[0].param_groups[0]["lr"])
+                _end_epoch(state, model, val_split if processes.is_first else None,
+                           training.optimizers[0].param_groups[0]["lr"])
                 run.log(state.rows)
-                after_epoch(state.rows[-1], settings)
+                if processes.is_first:
+                    after_epoch(state.rows[-1], settings)
         training.save()
         result = _result(training, len(data), machine, was_resumed=was_resumed)
         run.finish(model, state.rows, result)
-    if stop.signal:  # it came after the last step: this run is whole, but nothing else is to follow
-        raise Interrupted(stop.signal)
+    (stopped,) = processes.largest(stop.signal)
+    if stopped:  # it came after the last step: this run is whole, but nothing else is to follow
+        raise Interrupted(stopped)
     return result
 
 
 def _train_epoch(training: _Training, data: Split, stop: "StopRequest", bar: tqdm) -> None:
-    """The rest of the epoch that `training.state` is in. Raises Interrupted, with the state saved, after a signal."""
-    settings, state = training.run.settings, training.state
+    """The rest of the epoch that `training.state` is in. Raises Interrupted, with the state saved, after a signal.
+
+    Every process makes and mixes the whole of each batch, so that it does not depend on how many they are, and works
+    out its own part.
+    """
+    settings, state, processes = training.run.settings, training.state, training.processes
     steps = steps_per_epoch(len(data), settings.batch_size)
     mix = make_mixup(settings.mixup, num_classes=len(data.fine_names))
     start, looked = time.perf_counter() - state.epoch_seconds, 0.0
@@ -254,23 +333,28 @@ def _train_epoch(training: _Training, data: Split, stop: "StopRequest", bar: tqd
         done = state.epoch * steps + state.step
         set_rates(training.optimizers, settings, done / (steps * settings.epochs))
         torch.manual_seed(derived_seed("model", settings.seed, state.epoch, state.step))  # MixUp, dropout
-        images, targets = mix(images, labels)
-        logits, loss = training_step(training.forward, training.optimizers, images, targets, settings)
-        state.loss += loss * len(labels)
-        state.correct += (logits.argmax(1) == (targets if targets.ndim == 1 else targets.argmax(1))).sum()
+        images, targets = map(processes.part, mix(images, labels))
+        if processes.count > 1:
+            torch.manual_seed(derived_seed("model", settings.seed, state.epoch, state.step, processes.rank))
+        weight = len(images) * processes.count / len(labels)
+        logits, loss = training_step(training.forward, training.optimizers, images, targets, settings, weight)
+        correct = (logits.argmax(1) == (targets if targets.ndim == 1 else targets.argmax(1))).sum()
+        state.loss += processes.total(loss * len(images))
+        state.correct += processes.total(correct)
         state.pictures += len(labels)
         state.step += 1
         state.epoch_seconds = time.perf_counter() - start
         bar.update(training.flops[state.epoch] / steps)
-        if time.monotonic() - looked > REFRESH_SECONDS:
+        stopped, look = processes.largest(stop.signal, time.monotonic() - looked > REFRESH_SECONDS)
+        if look:
             looked = time.monotonic()
             _describe(bar, state, settings)
             training.require_finite([state.loss], "loss")
-        if stop.signal or time.monotonic() - training.saved_at > 60 * settings.checkpoint_every:
+        if stopped or time.monotonic() - training.saved_at > 60 * settings.checkpoint_every:
             training.require_finite([state.loss], "loss")
             training.save()
-        if stop.signal:
-            raise Interrupted(stop.signal)
+        if stopped:
+            raise Interrupted(stopped)
     training.require_finite([state.loss], "loss")
     if state.epoch + 1 == settings.epochs:
         refresh_norms(training.model, data, settings.refresh_norms, seed=settings.seed)
@@ -318,6 +402,7 @@ def _result(training: _Training, pictures: int, machine: dict[str, Any], *, was_
         "train_flops": sum(training.flops),
         "parameters": sum(p.numel() for p in training.model.parameters()),
         "peak_memory_bytes": peak_memory(settings.device),
+        "processes": training.processes.count,
         "resumed": was_resumed,
         "machine": machine,
     }
@@ -337,16 +422,18 @@ def make_mixup(alpha: float, num_classes: int) -> Callable[[Tensor, Tensor], tup
 
 
 def training_step(
-    model: nn.Module, optimizers: list[torch.optim.Optimizer], images: Tensor, targets: Tensor, settings: Settings
+    model: nn.Module, optimizers: list[torch.optim.Optimizer], images: Tensor, targets: Tensor, settings: Settings,
+    weight: float = 1.0,
 ) -> tuple[Tensor, Tensor]:
     """One step on a batch; returns the logits, [B, 100], and the mean loss, a scalar, both detached.
 
-    targets: class indices, int64 [B], or shares of each class, float32 [B, 100].
+    targets: class indices, int64 [B], or shares of each class, float32 [B, 100]; weight: of this loss in the mean over
+    processes, whose parts of a batch may differ by a picture.
     """
     with autocast(images.device, settings.precision):
         logits = model(images.contiguous(memory_format=torch.channels_last))
     loss = F.cross_entropy(logits.float(), targets, label_smoothing=settings.label_smoothing)
-    descend(loss, optimizers)
+    descend(loss * weight, optimizers)
     return logits.detach(), loss.detach()
 
 

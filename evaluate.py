@@ -111,6 +111,9 @@ def _parse(argv: list[str] | None) -> argparse.Namespace:
              if getattr(options, flag) not in (None, [], False)] + ["naming runs to measure"] * bool(options.runs)
     if len(asked) > 1:
         raise UserError(f"{' and '.join(asked)} are different things: do one of them")
+    for name in (*options.publish, *filter(None, [options.calibrate])):
+        if Path(name).is_absolute() or ".." in Path(name).parts:
+            raise UserError(f"{name} is no name of a run: give it as it is called in {options.results_dir}")
     if options.tta and not options.runs:
         raise UserError("--tta needs the names of the runs to measure")
     return options

@@ -21,6 +21,7 @@ from utils import Split, UserError, to_float
 
 TRIAL_PICTURES = (32, 256)  # few are enough where one precision is 50 times slower; else it takes a real batch to see
 CLEAR = 4.0  # times slower
+BYTES_A_PARAMETER = 12  # at least: itself, its gradient and its momentum in float32
 
 
 def prepare_device(settings: Settings) -> Settings:
@@ -37,6 +38,17 @@ def prepare_device(settings: Settings) -> Settings:
     if settings.threads:
         torch.set_num_threads(settings.threads)
     return replace(settings, device=device, threads=torch.get_num_threads())
+
+
+def require_memory(build: Callable[[], nn.Module], device: str) -> None:
+    """Raises UserError if this machine has not the memory to train the network that `build` builds."""
+    with torch.device("meta"):  # shapes only
+        needed = BYTES_A_PARAMETER * sum(parameter.numel() for parameter in build().parameters())
+    there = torch.cuda.mem_get_info()[1] if device == "cuda" \
+        else os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
+    if needed > there:
+        raise UserError(f"training this network takes more than {needed / 2**30:,.0f} GiB of memory, and there are "
+                        f"{there / 2**30:,.0f}: try a smaller one, say with smaller --widths")
 
 
 def choose_precision(model: nn.Module, split: Split, settings: Settings) -> Settings:

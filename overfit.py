@@ -16,12 +16,13 @@ import torch
 from torch import Tensor, nn
 from tqdm import tqdm
 
-from engine import descend, fit_and_place, make_optimizers, set_rates
+from engine import descend, make_optimizers, new_model, set_rates
 from hardware import prepare_device
+from parallel import launched
 from readings import READINGS, Reading, overfit_table
 from runs import provenance, replacing, save_figure, write_json
 from settings import Command, Script, Settings
-from utils import Augmentation, Split, batches, derived_seed, load_cifar100
+from utils import Augmentation, Split, UserError, batches, load_cifar100
 
 LOSSES = tuple(READINGS)
 
@@ -54,6 +55,8 @@ def overfit_batch(command: Command) -> int:
 
     Returns the exit status: 0 only if plain cross-entropy memorised the whole batch.
     """
+    if launched().count > 1:
+        raise UserError("--overfit-batch is for one process: start it with python, not with torchrun")
     settings = prepare_device(command.settings)
     readings = {name: reading for name, reading in READINGS.items()
                 if command.loss in (None, name) or name == "cross-entropy"}
@@ -84,8 +87,7 @@ def _given(command: Command) -> dict[str, Any]:
 def run_reading(script: Script, settings: Settings, reading: Reading, split: Split, *, quiet: bool = False) -> Outcome:
     """One reading on the first batch that `settings.seed` gives, with fresh weights."""
     images, labels = next(batches(split, settings.batch_size, Augmentation(), seed=settings.seed, epoch=0))
-    torch.manual_seed(derived_seed("init", settings.seed))
-    model = fit_and_place(script.build_model(settings, reading.num_outputs), split, settings)
+    model = new_model(script, settings, split, reading.num_outputs)
     return memorise(model, images.to(settings.device), labels.to(settings.device), reading, settings, quiet=quiet)
 
 

@@ -5,14 +5,20 @@
 
 import csv
 import dataclasses
+import errno
 import fcntl
 import io
+import itertools
 import json
 import os
+import pickletools
 import platform
 import re
+import shutil
 import subprocess
+import sys
 import time
+import zipfile
 from collections.abc import Iterator
 from contextlib import contextmanager
 from importlib.metadata import version
@@ -30,20 +36,39 @@ PUBLISHED = "published"  # the folder, below results/, of the runs that are comm
 RESERVED = (PUBLISHED, "data", "data-synthetic", "overfit_batch", "sanity_checks", "tune")  # folders beside the runs
 METRICS = ("epoch", "train_loss", "train_acc", "val_loss", "val_acc", "lr", "seconds")
 BLUE, ORANGE = "#0072B2", "#D55E00"  # Okabe and Ito's palette, told apart by colour-blind readers too
+PARTIAL = ".partial"  # ends the name of a file that is being written
+WRITTEN = {"collections OrderedDict", "torch._utils _rebuild_tensor_v2",  # all that a checkpoint's pickle names
+           *(f"torch {kind}Storage" for kind in ("Float", "Double", "Long", "BFloat16", "Half"))}
 PLOT_EVERY = 15.0  # seconds: drawing a figure takes a good part of one
 
 
 @contextmanager
 def replacing(path: Path) -> Iterator[Path]:
-    """A path to write to that replaces `path` when the block ends: whole or, if anything fails, not at all."""
-    partial = path.with_name(f".{path.name}.{os.getpid()}.partial")
+    """A path to write to that replaces `path` when the block ends: whole or, if anything fails, not at all.
+
+    Raises UserError if it cannot be written, with `path` as it was.
+    """
+    partial = path.with_name(f".{path.name}.{os.getpid()}{PARTIAL}")
     try:
-        yield partial
-        with open(partial, "rb") as file:
-            os.fsync(file.fileno())
-        os.replace(partial, path)
+        try:
+            yield partial
+            _flush(partial)
+            os.replace(partial, path)
+            _flush(path.parent)  # a new name is kept by its folder
+        finally:
+            partial.unlink(missing_ok=True)
+    except OSError as error:
+        raise UserError(f"cannot write {path} ({error.strerror or error}): is the disk full, or the folder read-only "
+                        "or gone? Nothing that was there is lost") from error
+
+
+def _flush(path: Path) -> None:
+    """Have a file or folder on the disk, so that it is there after a power cut too."""
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
     finally:
-        partial.unlink(missing_ok=True)
+        os.close(descriptor)
 
 
 def write_text(path: Path, text: str) -> None:
@@ -57,11 +82,11 @@ def write_json(path: Path, value: Any) -> None:
 
 def read_json(path: Path) -> Any:
     """What a JSON file holds. Raises UserError if it is missing or damaged."""
+    if not path.is_file():  # of a pipe or a device reading may never end
+        raise UserError(f"{path} is {'no file' if path.exists() else 'missing'}")
     try:
         return json.loads(path.read_text(encoding="utf-8"))
-    except FileNotFoundError:
-        raise UserError(f"{path} is missing") from None
-    except ValueError as error:
+    except (ValueError, RecursionError) as error:
         raise UserError(f"{path} is no JSON ({error}); was it edited?") from None
 
 
@@ -71,6 +96,7 @@ class Run:
     def __init__(self, folder: Path, settings: Settings) -> None:
         self.folder, self.name, self.settings = folder, folder.name, settings
         self.checkpoint_path = folder / "checkpoint.pt"
+        self.previous_path = folder / "checkpoint-previous.pt"
         self.weights_path = folder / "model.safetensors"
         self.result_path = folder / "result.json"
         self._last_plot = -PLOT_EVERY
@@ -80,6 +106,9 @@ class Run:
         except BlockingIOError:
             self._lock.close()
             raise UserError(f"the run {folder} is in use by another process; wait for it or stop it") from None
+        if not self.finished:  # a training that was killed while writing leaves what it had written
+            for partial in folder.glob(f".*{PARTIAL}"):
+                partial.unlink()
 
     def __enter__(self) -> "Run":
         return self
@@ -88,32 +117,38 @@ class Run:
         self._lock.close()
 
     @classmethod
-    def create(cls, results_dir: Path, settings: Settings, name: str | None, command: str) -> "Run":
+    def create(
+        cls, results_dir: Path, settings: Settings, name: str | None, command: str, processes: int = 1
+    ) -> "Run":
         """A new folder, never one that is there already: `name`, or <recipe>-s<seed> with -2, -3, ... appended.
 
-        Raises UserError if `name` is taken or cannot name a folder.
+        It appears with its config in it or not at all. Raises UserError if `name` is taken or cannot name a folder.
         """
+        base = f"{settings.recipe}-s{settings.seed}"
+        counted = itertools.chain([base], (f"{base}-{count}" for count in itertools.count(2)))
+        names = counted if name is None else [_checked_name(name)]
+        config = {"settings": dataclasses.asdict(settings), "command": command, "processes": processes, **provenance()}
         results_dir.mkdir(parents=True, exist_ok=True)
-        if name is None:
-            base, count = f"{settings.recipe}-s{settings.seed}", 1
-            folder = results_dir / base
-            while not _make(folder):
-                count += 1
-                folder = results_dir / f"{base}-{count}"
-        else:
-            folder = results_dir / _checked_name(name)
-            if not _make(folder):
-                raise UserError(f"the run {folder} exists: choose another --name, or go on with --resume {name}")
-        run = cls(folder, settings)
-        config = {"settings": dataclasses.asdict(settings), "command": command, **provenance()}
-        write_json(folder / "config.json", config)
-        return run
+        new = results_dir / f".new.{os.getpid()}"
+        new.mkdir(exist_ok=True)
+        try:
+            write_json(new / "config.json", config)
+            folder = next((results_dir / free for free in names if _renamed(new, results_dir / free)), None)
+        finally:
+            shutil.rmtree(new, ignore_errors=True)
+        if folder is None:
+            raise UserError(f"the run {results_dir / str(name)} exists: choose another --name, or go on with "
+                            f"--resume {name}")
+        return cls(folder, settings)
 
     @classmethod
-    def resume(cls, results_dir: Path, name: str, settings_class: type[Settings], given: dict[str, Any]) -> "Run":
+    def resume(
+        cls, results_dir: Path, name: str, settings_class: type[Settings], given: dict[str, Any], processes: int = 1
+    ) -> "Run":
         """The run `name` with the settings it was started with; those in `given` must not contradict them.
 
-        Raises UserError if they do, if there is no such run, if another process has it, or if its config is damaged.
+        Raises UserError if they do, if it was started with another number of processes, if there is no such run, if
+        another process has it, or if its config is damaged.
         """
         folder = results_dir / _checked_name(name)
         if not folder.is_dir():
@@ -121,6 +156,9 @@ class Run:
         config = read_json(folder / "config.json")
         if not isinstance(config, dict) or not isinstance(config.get("settings"), dict):
             raise UserError(f"{folder / 'config.json'} holds no settings; was it edited?")
+        if config.get("processes", 1) != processes:
+            raise UserError(f"the run {name} was started with {config['processes']} processes, not {processes}: "
+                            f"resume it with torchrun --nproc_per_node={config['processes']}")
         settings = settings_class.from_config(config["settings"])
         may_differ = {f.name for f in dataclasses.fields(settings) if f.metadata["resumable"]}
         for setting_name, value in given.items():
@@ -137,28 +175,43 @@ class Run:
         return self.result_path.exists()
 
     def save_checkpoint(self, state: dict[str, Any]) -> None:
-        """Write what `load_checkpoint` is to give back, with the settings that it belongs to."""
+        """Write what `load_checkpoint` is to give back, with the settings that it belongs to; keep the one before."""
+        content = io.BytesIO()  # torch.save itself reports a full disk in many ways, some of which end the process
+        torch.save({**state, "settings": dataclasses.asdict(self.settings)}, content)
         with replacing(self.checkpoint_path) as partial:
-            torch.save({**state, "settings": dataclasses.asdict(self.settings)}, partial)
+            partial.write_bytes(content.getbuffer())
+            if self.checkpoint_path.exists():
+                os.replace(self.checkpoint_path, self.previous_path)
 
     def load_checkpoint(self) -> dict[str, Any] | None:
         """What `save_checkpoint` was given last, on the CPU, or None before the first one.
 
-        Raises UserError if the file is damaged, or if it belongs to other settings than those of `config.json`.
+        A damaged file is passed over, with a warning, for the one before. Raises UserError if that is damaged too, or
+        if the state belongs to other settings than those of `config.json`.
         """
-        if not self.checkpoint_path.exists():
+        found = [path for path in (self.checkpoint_path, self.previous_path) if path.exists()]
+        state, damages = None, []
+        for path in found:
+            try:
+                state = _read_checkpoint(path)
+                break
+            except _Damaged as damage:
+                damages.append(f"{path} is damaged ({damage})")
+        if state is None:
+            if found:
+                raise UserError(f"{' and '.join(damages)}: delete {'it' if len(found) == 1 else 'both'} to start this "
+                                "run from the beginning")
             return None
-        try:
-            state = torch.load(self.checkpoint_path, map_location="cpu", weights_only=True)
-            of_checkpoint = state.pop("settings")
-        except Exception as error:  # torch.load raises nearly anything for a damaged file
-            raise UserError(f"{self.checkpoint_path} is damaged ({type(error).__name__}): "
-                            "delete it to start this run from the beginning") from error
+        of_checkpoint = state.pop("settings")
         for f in dataclasses.fields(self.settings):
             now, then = getattr(self.settings, f.name), of_checkpoint.get(f.name)
             if now != then and not f.metadata["resumable"]:
-                raise UserError(f"{self.checkpoint_path} was made with {flag_of(f.name)} {show(then)}, and config.json "
+                raise UserError(f"{path} was made with {flag_of(f.name)} {show(then)}, and config.json "
                                 f"now says {show(now)}: put that back")
+        if path == self.previous_path:
+            if damages:
+                print(f"warning: {damages[0]}: going on from the checkpoint before it", file=sys.stderr)
+            os.replace(path, self.checkpoint_path)  # so that the next one does not push out the only good one
         return state
 
     def log(self, rows: list[dict[str, Any]]) -> None:
@@ -182,12 +235,50 @@ class Run:
         with replacing(self.weights_path) as partial:
             save_model(model, partial)
         write_json(self.result_path, result)
+        self.previous_path.unlink(missing_ok=True)
+
+
+class _Damaged(Exception):
+    """A checkpoint that cannot be read, and why."""
+
+
+def _read_checkpoint(path: Path) -> dict[str, Any]:
+    """What a file of `save_checkpoint` holds. Raises _Damaged if it is none, or has changed since it was written."""
+    try:
+        if not path.is_file():
+            raise ValueError("it is no file")
+        with open(path, "rb") as file:
+            if file.read(4) != b"PK\3\4":  # something before the archive, which torch.load would read instead
+                raise ValueError("it was not written here")
+        with zipfile.ZipFile(path) as records:  # torch.load does not look at checksums
+            if any(record.compress_type != zipfile.ZIP_STORED for record in records.infolist()):
+                raise ValueError("it was not written here")  # and may be far larger than it looks
+            if records.testzip():
+                raise ValueError("its checksums do not fit")
+            (pickled,) = (name for name in records.namelist() if name.endswith("/data.pkl"))
+            if not _names_in(records.read(pickled)) <= WRITTEN:
+                raise ValueError("it was not written here")  # and may call what takes all memory, as bytearray
+        state = torch.load(path, map_location="cpu", weights_only=True)
+        if not isinstance(state["settings"], dict):
+            raise ValueError("it has no settings")
+        return state
+    except OSError:
+        raise
+    except Exception as error:  # torch.load raises nearly anything for a damaged file
+        reason = str(error) if type(error) is ValueError else type(error).__name__
+        raise _Damaged(reason) from error
+
+
+def _names_in(pickled: bytes) -> set[str]:
+    """The classes and functions that a pickle names, found without loading it."""
+    return {argument for opcode, argument, _ in pickletools.genops(pickled) if opcode.name == "GLOBAL"}
 
 
 class Unwritten:
-    """What `engine.train` asks of a `Run`, for a training of which nothing is kept."""
+    """What `engine.train` asks of a `Run`, for a training of which nothing is kept, or not by this process."""
 
     checkpoint_path = Path("there is no checkpoint")
+    finished = False
 
     def __init__(self, name: str, settings: Settings) -> None:
         self.name, self.settings = name, settings
@@ -205,12 +296,16 @@ class Unwritten:
         pass
 
 
-def _make(folder: Path) -> bool:
+def _renamed(new: Path, folder: Path) -> bool:
+    """Give the folder `new` this name, unless it is taken; returns whether."""
     try:
-        folder.mkdir()
-    except FileExistsError:
-        return False
-    return True
+        if not folder.exists():
+            os.rename(new, folder)
+            return True
+    except OSError as error:
+        if error.errno not in (errno.EEXIST, errno.ENOTEMPTY, errno.ENOTDIR):  # taken since
+            raise
+    return False
 
 
 def _checked_name(name: str) -> str:

@@ -383,6 +383,7 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("--data-dir", default=default_data_dir(), metavar="FOLDER", help="folder of the data set")
     parser.add_argument("--results-dir", type=Path, default=RESULTS_DIR, metavar="FOLDER", help="folder of all runs")
     options = parser.parse_args(argv)
+    Settings(seed=options.seed)  # complains of it now, before the data set is fetched
     train_split, val_split = load_cifar100(options.data_dir, use_synthetic=options.synthetic)
     train_split = train_split[torch.arange(TRAIN_PICTURES)]
     try:

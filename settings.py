@@ -5,12 +5,15 @@ A flag is written once, as a field of a dataclass: the command line, `config.jso
 
 import argparse
 import dataclasses
+import io
 import json
 import math
 import operator
+import os
 import shlex
+import signal
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, NoReturn
@@ -19,25 +22,30 @@ import torch
 from torch import nn
 
 from models import WeightsError
-from utils import Augmentation, UserError, default_data_dir
+from parallel import launched, leave
+from utils import PICTURES, Augmentation, UserError, default_data_dir
 
 ROOT = Path(__file__).resolve().parent
 RESULTS_DIR = ROOT / "results"
 
 
+LARGEST_RATE = 1e30  # times all that it is multiplied by, still a float32
+LEAST_ALPHA = 1e-6  # of MixUp: below, no batch is mixed, and in the end float32 takes it for 0
+MOST_NUMBERS = 100  # of a setting that takes several
 _BOUNDS = (("low", "at least", operator.lt), ("above", "above", operator.le), ("high", "at most", operator.gt))
 
 
 def setting(default: Any, help: str, *, low: float | None = None, above: float | None = None,
             high: float | None = None, choices: tuple[str, ...] | None = None, resumable: bool = False,
-            machine: bool = False, one_batch: bool = True) -> Any:
+            machine: bool = False, one_batch: bool = True, needs: dict[str, tuple[Any, ...]] | None = None) -> Any:
     """A field of Settings, with all that the command line says of it. `low` and `high` are included, `above` is not.
 
     resumable: may differ when a run is resumed, since it does not change what the run computes; machine: is about the
-    machine and no part of a recipe; one_batch: means something to the single-batch overfit check.
+    machine and no part of a recipe; one_batch: means something to the single-batch overfit check; needs: other
+    settings, and those of their values with which this one means something.
     """
     limits = {"low": low, "above": above, "high": high, "choices": choices}
-    roles = {"resumable": resumable, "machine": machine, "one_batch": one_batch}
+    roles = {"resumable": resumable, "machine": machine, "one_batch": one_batch, "needs": needs or {}}
     return field(default=default, metadata={"help": help, **limits, **roles})
 
 
@@ -50,22 +58,25 @@ class Settings:
 
     recipe: str = setting("", "the named settings to start from; every other flag overrides one of them")
 
-    epochs: int = setting(10, "passes over the training pictures", low=1)
-    batch_size: int = setting(500, "pictures a step", low=2)
+    epochs: int = setting(10, "passes over the training pictures", low=1, high=1_000_000)
+    batch_size: int = setting(500, "pictures a step", low=2, high=PICTURES["train"])
     optimizer: str = setting("adamw", "the optimizer; muon is for hidden weights, with AdamW or SGD for the rest",
                              choices=("adam", "adamw", "sgd", "muon", "muon-sgd"))
-    lr: float = setting(1e-3, "peak learning rate", above=0)
-    other_lr: float = setting(1e-3, "peak learning rate of what Muon leaves to AdamW or SGD", above=0)
-    momentum: float = setting(0.9, "momentum of SGD (plain) and of Muon (Nesterov's)", low=0, high=0.999)
+    lr: float = setting(1e-3, "peak learning rate", above=0, high=LARGEST_RATE)
+    other_lr: float = setting(1e-3, "peak learning rate of what Muon leaves to AdamW or SGD", above=0,
+                              high=LARGEST_RATE, needs={"optimizer": ("muon", "muon-sgd")})
+    momentum: float = setting(0.9, "momentum of SGD (plain) and of Muon (Nesterov's)", low=0, high=0.999,
+                              needs={"optimizer": ("sgd", "muon", "muon-sgd")})
     weight_decay: float = setting(0.0, "weight decay, on weight matrices and filters only; muon-sgd fixes the norms of "
-                                       "filters instead", low=0)
+                                       "filters instead", low=0, high=1_000_000)
     warmup: float = setting(0.0, "share of all steps over which the learning rate rises from zero", low=0, high=1)
     schedule: str = setting("linear", "how the learning rate falls to zero after that",
                             choices=("constant", "linear", "cosine"))
     label_smoothing: float = setting(0.0, "label smoothing", low=0, high=1, one_batch=False)
 
     flip: bool = setting(True, "flip training pictures at random", one_batch=False)
-    alternate: bool = setting(False, "flip each picture in every second epoch instead", one_batch=False)
+    alternate: bool = setting(False, "flip each picture in every second epoch instead", one_batch=False,
+                              needs={"flip": (True,)})
     crop: int = setting(0, "shift training pictures at random by up to so many pixels, reflected at the edges",
                         low=0, high=31, one_batch=False)
     cutout: int = setting(0, "side of the square cut out of training pictures, in pixels", low=0, high=32,
@@ -73,12 +84,12 @@ class Settings:
     jitter: float = setting(0.0, "change brightness and contrast of training pictures by up to this share", low=0,
                             high=1, one_batch=False)
     mixup: float = setting(0.0, "MixUp: alpha of the Beta distribution of a batch's mixing share; 0 for none", low=0,
-                           one_batch=False)
+                           high=1_000_000, one_batch=False)
 
     refresh_norms: int = setting(0, "training pictures on which batch norms' statistics are taken anew at the end; 0 "
                                  "leaves their running means", low=0, one_batch=False)
 
-    seed: int = setting(0, "decides initial weights, order, augmentation and dropout", low=0)
+    seed: int = setting(0, "decides initial weights, order, augmentation and dropout", low=0, high=2**63 - 1)
     train_on_all: bool = setting(False, "train on all 50,000 training pictures, the held-out 5,000 included")
     synthetic: bool = setting(False, "use procedurally drawn pictures: no data set, no network, no meaning")
     precision: str = setting("auto", "arithmetic of the training steps; auto times both on a CPU",
@@ -95,14 +106,18 @@ class Settings:
     def __post_init__(self) -> None:
         for name, value, limits in ((f.name, getattr(self, f.name), f.metadata) for f in dataclasses.fields(self)):
             flag, numbers = flag_of(name), value if isinstance(value, tuple) else (value,)
+            if len(numbers) > MOST_NUMBERS:
+                raise UserError(f"{flag} takes at most {MOST_NUMBERS} numbers, not {len(numbers):,}")
             if any(isinstance(n, float) and not math.isfinite(n) for n in numbers):
                 raise UserError(f"{flag} must be a finite number, not {show(value)}")
             for bound, words, breaks in _BOUNDS:
                 limit = limits[bound]
                 if limit is not None and any(breaks(n, limit) for n in numbers):
-                    raise UserError(f"{flag} must be {words} {limit:g}, not {show(value)}")
+                    raise UserError(f"{flag} must be {words} {show(limit)}, not {show(value)}")
             if limits["choices"] and value not in limits["choices"]:
                 raise UserError(f"{flag} must be one of {', '.join(limits['choices'])}, not {value}")
+        if 0 < self.mixup < LEAST_ALPHA:
+            raise UserError(f"--mixup must be 0 or at least {LEAST_ALPHA:g}, not {show(self.mixup)}")
 
     @property
     def augmentation(self) -> Augmentation:
@@ -128,7 +143,8 @@ class Settings:
         restored = {name: tuple(value) if isinstance(value, list) else value for name, value in values.items()}
         odd = set(restored) ^ set(defaults) or {
             name for name, value in restored.items()
-            if type(value) is not type(defaults[name]) and not (type(value) is int and type(defaults[name]) is float)}
+            if not (type(value) is type(defaults[name]) or (type(value) is int and type(defaults[name]) is float))
+            or (isinstance(value, tuple) and any(type(number) is not int for number in value))}
         if odd:
             raise UserError(f"the run's config.json does not fit this version's settings: {', '.join(sorted(odd))}")
         return cls(**restored)
@@ -144,6 +160,11 @@ def show(value: Any) -> str:
         return ",".join(map(str, value))
     short = f"{value:g}" if isinstance(value, float) else str(value)
     return short if not isinstance(value, float) or float(short) == value else repr(value)
+
+
+def words_for(name: str, value: Any) -> list[str]:
+    """What gives a setting this value on the command line."""
+    return [flag_of(name if value else "no_" + name)] if isinstance(value, bool) else [flag_of(name), show(value)]
 
 
 @dataclass(frozen=True)
@@ -164,7 +185,11 @@ class Script:
     def recipe_settings(self, recipe: str, /, **changes: Any) -> Settings:
         return self.settings_class(**{"recipe": recipe, **self.recipes[recipe], **changes})
 
-    def command_for(self, settings: Settings) -> str:
+    def started(self, processes: int) -> str:
+        """What starts it in so many processes."""
+        return f"python {self.file}" if processes == 1 else f"torchrun --nproc_per_node={processes} {self.file}"
+
+    def command_for(self, settings: Settings, processes: int = 1) -> str:
         """The shortest command line that trains with `settings`, without the machine's and with the seed named."""
         start = self.recipe_settings(settings.recipe)
         words = [] if settings.recipe == next(iter(self.recipes)) else ["--recipe", settings.recipe]
@@ -172,9 +197,8 @@ class Script:
             value = getattr(settings, f.name)
             if f.metadata["machine"] or f.name in ("seed", "recipe") or value == getattr(start, f.name):
                 continue
-            words += [flag_of(f.name if value else "no_" + f.name)] if isinstance(value, bool) \
-                else [flag_of(f.name), show(value)]
-        return shlex.join(["python", self.file, *words, "--seed", str(settings.seed)])
+            words += words_for(f.name, value)
+        return shlex.join([*self.started(processes).split(), *words, "--seed", str(settings.seed)])
 
 
 @dataclass(frozen=True)
@@ -204,8 +228,23 @@ class Parser(argparse.ArgumentParser):
     def __init__(self, **options: Any) -> None:
         super().__init__(allow_abbrev=False, formatter_class=argparse.RawDescriptionHelpFormatter, **options)
 
+    def parse_args(self, args: Sequence[str] | None = None, namespace: Any = None) -> Any:
+        """As ever; also raises UserError for a word that is empty, as a variable that is not set leaves it, or that no
+        path can hold: a folder called "" would be the current one.
+        """
+        for word in sys.argv[1:] if args is None else args:
+            flag, equals, value = word.partition("=") if word.startswith("--") else ("", "=", word)
+            if equals and (not value or "\0" in value or (flag and value == "--")):
+                self.error(f"{flag or 'an argument'} is {value!r}, which is nothing: give a value")
+        if isinstance(sys.stdout, io.TextIOWrapper):  # names of files may hold bytes that are no text
+            sys.stdout.reconfigure(errors="backslashreplace")
+        return super().parse_args(args, namespace)
+
+    def print_help(self, file: Any = None) -> None:
+        print(self.format_help(), end="", file=file, flush=True)  # argparse's own keeps a full disk to itself
+
     def error(self, message: str) -> NoReturn:
-        raise UserError(f"{message} (see --help)")
+        raise UserError(f"{message if len(message) < 400 else message[:400] + ' ...'} (see --help)")
 
 
 def _integers(text: str) -> tuple[int, ...]:
@@ -228,6 +267,10 @@ def parse_command_line(script: Script, losses: tuple[str, ...], argv: list[str] 
     recipe = given.get("recipe", next(iter(script.recipes)))
     settings = script.recipe_settings(recipe, **{**(script.overfit if control["overfit_batch"] else {}), **given})
     seeds = control.pop("seeds") or (settings.seed,)
+    for seed in seeds:
+        dataclasses.replace(settings, seed=seed)  # complains of it now, not after the runs of the others
+    if control["resume"] is None:  # a run that is resumed has its own settings
+        _refuse_idle(settings, given)
     return Command(script=script, settings=settings, seeds=seeds, given=given, **control)
 
 
@@ -266,20 +309,19 @@ def _make_parser(script: Script, losses: tuple[str, ...]) -> argparse.ArgumentPa
 def _recipes_in_words(script: Script) -> str:
     """What each recipe reaches and costs, as far as results/results.json, which `evaluate.py` writes, knows it."""
     try:
-        measured = {row["recipe"]: row for row in json.loads((RESULTS_DIR / "results.json").read_text())}
-    except (OSError, ValueError):
+        rows = json.loads((RESULTS_DIR / "results.json").read_text())
+        measured = {row["recipe"]: _cost_in_words(row) for row in rows}
+    except (OSError, ValueError, TypeError, LookupError, ArithmeticError):  # it is not there, or was edited
         measured = {}
-    lines = ["recipes, trained on all 50,000 pictures:"]
-    for recipe in script.recipes:
-        words = "not measured"
-        if recipe in measured:
-            row = measured[recipe]
-            seconds, machine = sum(row["train_seconds"]) / len(row["train_seconds"]), row["machines"][0]
-            flops = f"{row['train_flops']:.1e}".replace("e+", "e")
-            words = (f"{row['top1']['mean']:.1f}% on the test set for {flops} FLOPs, "
-                     f"{seconds / 60:.1f} min on {machine['processor']}, {row['precision']}")
-        lines.append(f"  {recipe:<10} {words}")
-    return "\n".join(lines)
+    return "\n".join(["recipes, trained on all 50,000 pictures:",
+                      *(f"  {recipe:<10} {measured.get(recipe, 'not measured')}" for recipe in script.recipes)])
+
+
+def _cost_in_words(row: dict[str, Any]) -> str:
+    seconds, machine = sum(row["train_seconds"]) / len(row["train_seconds"]), row["machines"][0]
+    flops = f"{row['train_flops']:.1e}".replace("e+", "e")
+    return (f"{row['top1']['mean']:.1f}% on the test set for {flops} FLOPs, "
+            f"{seconds / 60:.1f} min on {machine['processor']}, {row['precision']}")
 
 
 def _refuse_contradictions(script: Script, values: dict[str, Any]) -> None:
@@ -298,12 +340,37 @@ def _refuse_contradictions(script: Script, values: dict[str, Any]) -> None:
         raise UserError(f"--seeds must be different whole numbers, none below 0, not {show(seeds)}")
 
 
+def _refuse_idle(settings: Settings, given: dict[str, Any]) -> None:
+    """Raise UserError if a flag that was given asks for something that the other settings leave unused."""
+    for f in dataclasses.fields(settings):
+        for other, values in f.metadata["needs"].items():
+            value = getattr(settings, other)
+            if given.get(f.name) and value not in values:
+                raise UserError(f"{flag_of(f.name)} means nothing with {' '.join(words_for(other, value))}: "
+                                "change one of them")
+
+
 def exit_status(main: Callable[[], int]) -> int:
-    """Run a script's `main`; what a user can put right becomes one line on stderr and the exit status 2."""
+    """Run a script's `main`; what a user can put right becomes one line on stderr and the exit status 2.
+
+    Returns the exit status, or ends the process with it if that is one of several (`parallel.leave`).
+    """
+    for stream in ("stdout", "stderr"):
+        if getattr(sys, stream) is None:  # closed by the shell, as with >&-
+            setattr(sys, stream, open(os.devnull, "w"))  # noqa: SIM115 (as long as the process lasts)
+    return leave(_explained(main))
+
+
+def _explained(main: Callable[[], int]) -> int:
     try:
-        return main()
+        status = main()
+        print(end="", flush=True)  # now, while a full disk or a closed pipe can be told of
+        return status
     except (UserError, WeightsError) as error:
         message = str(error)
+    except BrokenPipeError:  # whoever read the output has enough of it, as with `| head`
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # Python writes what is left when it ends
+        return 128 + signal.SIGPIPE
     except OSError as error:
         advice = "" if isinstance(error, FileNotFoundError) else "; is the disk full or the folder read-only?"
         message = f"{error.filename or 'a file'}: {error.strerror or error}{advice}"
@@ -314,5 +381,7 @@ def exit_status(main: Callable[[], int]) -> int:
     except KeyboardInterrupt:
         print("stopped", file=sys.stderr)
         return 130
-    print("error: " + " ".join(message.split()), file=sys.stderr)
+    processes = launched()
+    who = "error" if processes.is_first else f"error in process {processes.rank} of {processes.count}"
+    print(f"{who}: " + " ".join(message.split()), file=sys.stderr)
     return 2

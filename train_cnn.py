@@ -16,7 +16,7 @@ from torch import nn
 from engine import train_runs
 from models import create_model
 from overfit import LOSSES, overfit_batch
-from settings import Script, Settings, exit_status, parse_command_line, setting
+from settings import Script, Settings, exit_status, parse_command_line, setting, show
 from utils import UserError
 
 
@@ -25,17 +25,25 @@ class CNNSettings(Settings):
     """What both scripts are told, the network and its arguments, and the resolution over time."""
 
     model: str = setting("convnet", "the network", choices=("convnet", "original_cnn", "resnet18", "wide_resnet"))
-    widths: tuple[int, ...] = setting((64, 192, 384), "convnet: filters of each stage", low=1, high=4096)
-    blocks: tuple[int, ...] = setting((1, 1, 2), "convnet: residual blocks of each stage", low=1, high=100)
-    depth: int = setting(28, "wide_resnet: layers, 6n + 4", low=10, high=1000)
-    width: int = setting(10, "wide_resnet: width", low=1, high=100)
-    dropout: float = setting(0.0, "wide_resnet: share of activations zeroed between convolutions", low=0, high=0.99)
+    widths: tuple[int, ...] = setting((64, 192, 384), "convnet: filters of each stage", low=1, high=4096,
+                                      needs={"model": ("convnet",)})
+    blocks: tuple[int, ...] = setting((1, 1, 2), "convnet: residual blocks of each stage", low=1, high=100,
+                                      needs={"model": ("convnet",)})
+    depth: int = setting(28, "wide_resnet: layers, 6n + 4", low=10, high=1000, needs={"model": ("wide_resnet",)})
+    width: int = setting(10, "wide_resnet: width", low=1, high=100, needs={"model": ("wide_resnet",)})
+    dropout: float = setting(0.0, "wide_resnet: share of activations zeroed between convolutions", low=0, high=0.99,
+                             needs={"model": ("wide_resnet",)})
     sides: tuple[int, ...] = setting((32,), "pixels a side that pictures are scaled to: the training is divided into "
                                      "as many equal parts, and the last is what the network is used at",
-                                     low=8, high=64)
+                                     low=8, high=64, needs={"model": ("convnet", "resnet18", "wide_resnet")})
 
     def __post_init__(self) -> None:
         super().__post_init__()
+        if self.model == "convnet" and len(self.widths) != len(self.blocks):
+            raise UserError(f"--widths and --blocks must each have a number for every stage, not {show(self.widths)} "
+                            f"and {show(self.blocks)}")
+        if self.model == "wide_resnet" and self.depth % 6 != 4:
+            raise UserError(f"--depth must be 6n + 4, say 10, 16, 22 or 28, not {self.depth}")
         if self.model == "convnet" and min(self.sides) <= 2 ** len(self.widths):
             raise UserError(f"--sides must be above {2 ** len(self.widths)}, each of {len(self.widths)} stages "
                             f"halving the picture, not {min(self.sides)}")

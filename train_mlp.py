@@ -15,6 +15,7 @@ from engine import train_runs
 from models import create_model
 from overfit import LOSSES, overfit_batch
 from settings import Script, Settings, exit_status, parse_command_line, setting
+from utils import UserError
 
 
 @dataclass(kw_only=True)
@@ -25,6 +26,11 @@ class MLPSettings(Settings):
     side: int = setting(32, "average pictures down to so many pixels a side first", low=1, high=32)
     dropout: float = setting(0.0, "share of hidden activations zeroed while training", low=0, high=0.99)
     batch_norm: bool = setting(True, "batch normalisation before each activation")
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if self.optimizer == "muon-sgd":
+            raise UserError("--optimizer muon-sgd is for networks with convolutions: this one has no filters")
 
 
 # Chosen on the validation split; the search is in docs/experiments.md.

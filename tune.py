@@ -28,11 +28,9 @@ from dataclasses import dataclass, fields, replace
 from pathlib import Path
 from typing import Any
 
-import torch
-
 import train_cnn
 import train_mlp
-from engine import Interrupted, fit_and_place, train
+from engine import Interrupted, new_model, train
 from hardware import choose_precision, prepare_device
 from runs import BLUE, ORANGE, Unwritten, save_figure
 from settings import RESULTS_DIR, Parser, Script, Settings, exit_status, flag_of
@@ -133,8 +131,7 @@ def run_trial(trial: Any, search: Search, base: Settings, train_split: Split, va
             raise optuna.TrialPruned
 
     settings = trial_settings(base, propose(trial, search.space))
-    torch.manual_seed(derived_seed("init", settings.seed))
-    model = fit_and_place(search.script.build_model(settings, len(train_split.fine_names)), train_split, settings)
+    model = new_model(search.script, settings, train_split, len(train_split.fine_names))
     run = Unwritten(f"trial {trial.number}", settings)  # its command makes it again
     try:
         return train(model, train_split, val_split, run, quiet=True, after_epoch=judge)["val_acc"]
@@ -229,8 +226,8 @@ def run_trials(study: Any, search: Search, base: Settings, trials: int, minutes:
     end = time.monotonic() + 60 * minutes
     train_split, val_split = load_cifar100(base.data_folder, use_synthetic=base.synthetic)
     base = prepare_device(base)
-    model = search.script.build_model(base, len(train_split.fine_names))
-    base = choose_precision(fit_and_place(model, train_split, base), train_split, base)
+    model = new_model(search.script, base, train_split, len(train_split.fine_names))
+    base = choose_precision(model, train_split, base)
     print(f"{trials} trials of {base.epochs} epochs on {len(train_split):,} {base.pictures}, {base.precision} on "
           f"{base.device} with {base.threads} threads; accuracies are of {len(val_split):,} held-out pictures",
           flush=True)

@@ -17,6 +17,7 @@ import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
 
 import numpy as np
@@ -54,6 +55,10 @@ COARSE_OF_FINE = tuple(
 )
 
 PICTURES = {"train": 50_000, "test": 10_000}
+CONTENT = {  # `content_digest` of the official files
+    "train": "3795f8f205d6d1651ff2659a6044dab3379c35c127403bd96cfde2757219935b",
+    "test": "ab99a27592fed27c32d9aa446c668795bde7daaa76989b5bbf0e8835f5633a02",
+}
 RECORD_BYTES = 2 + 3 * 32 * 32  # coarse label, fine label, then the red, green and blue planes
 VAL_PER_CLASS = 50
 BINARY_FOLDER, PYTHON_FOLDER = "cifar-100-binary", "cifar-100-python"
@@ -87,6 +92,11 @@ class Split:
 
     def __len__(self) -> int:
         return len(self.images)
+
+    @cached_property
+    def hashes(self) -> np.ndarray:
+        """`picture_hashes` of the images, uint64 [N], computed once."""
+        return picture_hashes(self.images)
 
     def __getitem__(self, index: Tensor) -> "Split":
         """The pictures that `index`, a boolean mask or int64 positions, picks."""
@@ -136,13 +146,20 @@ def picture_hashes(images: Tensor) -> np.ndarray:
     return np.array([int.from_bytes(hashlib.sha256(row).digest()[:8], "little") for row in rows], dtype=np.uint64)
 
 
+def content_digest(split: Split) -> str:
+    """A SHA-256 of all pictures and their fine labels, as hexadecimal digits: the same in whatever order they are."""
+    labels = split.fine_labels.numpy().astype(np.uint8)
+    order = np.lexsort((labels, split.hashes))  # of pictures that are there twice, the labels decide
+    return hashlib.sha256(split.hashes[order].astype("<u8").tobytes() + labels[order].tobytes()).hexdigest()
+
+
 def validation_mask(split: Split, per_class: int = VAL_PER_CLASS) -> Tensor:
     """Which training pictures are held out, bool [N]: of every fine class the `per_class` with the smallest hashes.
 
     The choice depends on the pictures alone: not on a seed, nor on the distribution of the files or their order.
     """
     fine = split.fine_labels.numpy()
-    by_class_then_hash = np.lexsort((picture_hashes(split.images), fine)).reshape(len(split.fine_names), -1)
+    by_class_then_hash = np.lexsort((split.hashes, fine)).reshape(len(split.fine_names), -1)
     mask = torch.zeros(len(split), dtype=torch.bool)
     mask[torch.from_numpy(by_class_then_hash[:, :per_class].flatten())] = True
     return mask
@@ -222,7 +239,10 @@ def _checked(images: Tensor, fine_labels: Tensor, coarse_labels: Tensor, part: s
                         f"instead of {per_class}: {advice}")
     if (torch.tensor(COARSE_OF_FINE)[fine_labels] != coarse_labels).any():
         raise UserError(f"{source} puts some fine classes into the wrong superclass: {advice}")
-    return Split(images, fine_labels, coarse_labels)
+    split = Split(images, fine_labels, coarse_labels)
+    if content_digest(split) != CONTENT[part]:
+        raise UserError(f"{source} has pictures or labels that are not the official ones: {advice}")
+    return split
 
 
 def _download(folder: Path) -> None:

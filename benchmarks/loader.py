@@ -25,7 +25,7 @@ from torchvision import transforms
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # a script's own folder is there, the project's is not
 
 from settings import Parser, exit_status
-from utils import Augmentation, Split, UserError, batches, default_data_dir, load_cifar100, to_float
+from utils import PICTURES, Augmentation, Split, UserError, batches, default_data_dir, load_cifar100, to_float
 
 WORKERS = 2
 ROUNDS = 5
@@ -97,8 +97,8 @@ def main(argv: list[str] | None = None) -> int:
     options = parser.parse_args(argv)
     if not (math.isfinite(options.seconds) and options.seconds > 0):
         raise UserError(f"--seconds must be a finite number above 0, not {options.seconds:g}")
-    if options.batch_size < 1:
-        raise UserError(f"--batch-size must be at least 1, not {options.batch_size}")
+    if not 1 <= options.batch_size <= PICTURES["train"]:
+        raise UserError(f"--batch-size must be 1 to {PICTURES['train']}, not {options.batch_size}")
 
     split, _ = load_cifar100(default_data_dir(), use_synthetic=options.synthetic)
     std, mean = torch.std_mean(to_float(split.images[:10_000]), dim=(0, 2, 3))

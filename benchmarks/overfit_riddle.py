@@ -63,10 +63,10 @@ def row(split: Split, loss: str, inputs: str, optimizer: str, lr: float, widths:
             f"| {len(begins)} | {gap} | {outcome.memorised} |")
 
 
-def main() -> int:
+def main(argv: list[str] | None = None) -> int:
     parser = Parser(prog="benchmarks/overfit_riddle.py", description=__doc__)
     parser.add_argument("--data-dir", default=default_data_dir(), metavar="FOLDER", help="folder of the data set")
-    split, _ = load_cifar100(parser.parse_args().data_dir)
+    split, _ = load_cifar100(parser.parse_args(argv).data_dir)
     print("| loss | inputs | optimizer | widths | seed | last | lowest | highest in the second half | spikes there "
           "| epochs between them | memorised of 64 |\n|---|---|---|---|---:|---:|---:|---:|---:|---:|---:|", flush=True)
     for case in CASES:

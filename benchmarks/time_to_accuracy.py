@@ -35,7 +35,7 @@ from optimizers import make_optimizers, set_rates
 from runs import read_json, save_figure
 from settings import RESULTS_DIR, Parser, exit_status
 from train_cnn import SCRIPT, CNNSettings, build_model
-from utils import Split, batches, default_data_dir, load_cifar100
+from utils import Split, UserError, batches, default_data_dir, load_cifar100
 
 PICTURES = 50_000
 ROUNDS = 3
@@ -103,7 +103,11 @@ def mobilenet_v2() -> nn.Module:
 
 def contestants(device: str) -> list[Contestant]:
     """Our recipes, and three well-known ones as their authors describe them."""
-    known = {row["recipe"]: row["top1"]["mean"] for row in read_json(RESULTS_DIR / "results.json")}
+    path = RESULTS_DIR / "results.json"
+    try:
+        known = {row["recipe"]: float(row["top1"]["mean"]) for row in read_json(path)}
+    except (TypeError, ValueError, LookupError) as error:
+        raise UserError(f"{path} is damaged: make it again with python evaluate.py") from error
     ours = [(name, SCRIPT.recipe_settings(name)) for name in OURS["cuda" if device == "cuda" else "cpu"]]
     speedrun = CNNSettings(epochs=7, sides=(18, 32), batch_size=1024, optimizer="muon-sgd", lr=0.055, other_lr=0.02,
                            label_smoothing=0.15, crop=3)
@@ -205,6 +209,9 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("--data-dir", default=default_data_dir(), metavar="FOLDER", help="folder of the data set")
     parser.add_argument("--figure", type=Path, metavar="FILE", help="draw accuracy against time into this PNG")
     options = parser.parse_args(argv)
+    if options.figure and (options.figure.suffix != ".png" or not options.figure.parent.is_dir()):
+        raise UserError(f"--figure must be a file in a folder that is there, with a name that ends in .png, "
+                        f"not {options.figure}")
     split, _ = load_cifar100(options.data_dir, use_synthetic=options.synthetic)
     torch.manual_seed(0)
     device = prepare_device(CNNSettings(device=options.device)).device

@@ -75,7 +75,11 @@ def _results(published: Published) -> str:
 
 
 def _overfit(published: Published) -> str:
-    return overfit_table(read_json(published.results_dir / PUBLISHED / "overfit_batch/mlp/overfit.json")["readings"])
+    path = published.results_dir / PUBLISHED / "overfit_batch/mlp/overfit.json"
+    try:
+        return overfit_table(read_json(path)["readings"])
+    except (AttributeError, KeyError, TypeError, ValueError) as error:
+        raise UserError(f"{path} holds no readings: publish the overfit check again") from error
 
 
 def _classes(published: Published) -> str:
@@ -166,7 +170,7 @@ def _printed(file: str) -> Callable[[Published], str]:
         path = published.results_dir / PUBLISHED / "benchmarks" / file
         if not path.exists():
             raise UserError(f"{path} is missing: write into it what the benchmark prints")
-        return path.read_text(encoding="utf-8").strip("\n")
+        return _read_text(path).strip("\n")
 
     return text
 
@@ -181,6 +185,13 @@ BLOCKS: dict[str, Callable[[Published], str]] = {
 # ---------------------------------------------------------------------------------------------------------------------
 # Where they stand
 # ---------------------------------------------------------------------------------------------------------------------
+
+
+def _read_text(path: Path) -> str:
+    try:
+        return path.read_text(encoding="utf-8")
+    except UnicodeDecodeError as error:
+        raise UserError(f"{path} is no text in UTF-8 ({error.reason})") from error
 
 
 def documents(root: Path) -> list[Path]:
@@ -221,7 +232,7 @@ def renewed(path: Path, published: Published, root: Path) -> tuple[str, list[str
         stale.extend([name] if text != old else [])
         return text
 
-    text = path.read_text(encoding="utf-8")
+    text = _read_text(path)
     if path.name == "README.md" and not any(name == "results" for name, *_ in find_blocks(text, document)):
         raise UserError("README.md has lost the markers around its results table")
     return with_blocks(text, document, write), stale, problems

@@ -12,10 +12,10 @@ import torch
 from PIL import Image, ImageOps
 from torch import Tensor, nn
 
-from evaluation.runs import find_runs, runs_by_name
+from evaluation.runs import find_runs, finite_logits, runs_by_name
 from runs import PUBLISHED, read_json
 from settings import RESULTS_DIR
-from utils import COARSE_NAMES, COARSE_OF_FINE, FINE_NAMES, UserError, compute_logits
+from utils import COARSE_NAMES, COARSE_OF_FINE, FINE_NAMES, UserError
 
 SIDE = 32
 BACKGROUND = "white"  # has 8% of the training pictures in all four corners; black, the next, has 1%
@@ -140,8 +140,11 @@ class Guess(NamedTuple):
 
 
 def classify(model: nn.Module, picture: Tensor, count: int = 5) -> list[Guess]:
-    """The `count` likeliest classes of a picture, uint8 [3, 32, 32], the likeliest first."""
-    probabilities = compute_logits(model, picture[None])[0].double().softmax(0)
+    """The `count` likeliest classes of a picture, uint8 [3, 32, 32], the likeliest first.
+
+    Raises UserError if the network was not trained for CIFAR-100, or if its weights are damaged.
+    """
+    probabilities = finite_logits(model, picture[None], len(FINE_NAMES), "the network")[0].double().softmax(0)
     return [Guess(FINE_NAMES[fine], COARSE_NAMES[COARSE_OF_FINE[fine]], float(probabilities[fine]))
             for fine in probabilities.argsort(descending=True, stable=True)[:count].tolist()]
 
@@ -192,8 +195,13 @@ def find_weights(name: str | None, results_dir: Path = RESULTS_DIR) -> Path:
     found = [run for run in find_runs(results_dir) if run.weights.exists()]
     runs = runs_by_name(found)
     if name is None:
-        rows = sorted(read_json(results_dir / "results.json"), key=lambda row: -row["top1"]["mean"])
-        by_accuracy = [f"{PUBLISHED}/{row['recipe']}-s{seed}" for row in rows for seed in row["seeds"]]
+        table = results_dir / "results.json"
+        try:
+            rows = sorted(read_json(table), key=lambda row: -row["top1"]["mean"])
+            by_accuracy = [f"{PUBLISHED}/{row['recipe']}-s{seed}" for row in rows for seed in row["seeds"]]
+        except (KeyError, TypeError) as error:
+            raise UserError(f"{table} does not say which published run is the best: name one with --model, or make "
+                            "that file again with python evaluate.py") from error
         name = next((run for run in by_accuracy if run in runs), None)
         if name is None:
             raise UserError(f"there are no weights in {results_dir / PUBLISHED}: name a run of yours with --model")

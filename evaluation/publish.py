@@ -6,10 +6,10 @@ from pathlib import Path
 
 import numpy as np
 
-from evaluation.runs import FinishedRun, TestPictures, find_runs
+from evaluation.runs import FinishedRun, TestPictures, are_logits, find_runs, finite_logits, read_arrays
 from models import load_model
 from runs import PUBLISHED, read_json, replacing
-from utils import UserError, compute_logits, load_cifar100
+from utils import FINE_NAMES, UserError, load_cifar100
 
 RECORDED = ("config.json", "metrics.csv", "loss.png", "result.json")
 MAX_WEIGHTS_BYTES = 25_000_000
@@ -50,10 +50,10 @@ def publish_calibration(name: str, results_dir: Path, data_dir: str) -> Path:
     _require_plain(run)
     require_alike([*_siblings(run, results_dir), run], besides=("train_on_all",))
     _, val = load_cifar100(data_dir)
-    logits = compute_logits(load_model(run.weights), val.images).numpy().astype(np.float16)
-    path = run.folder / "val_predictions.npz"
+    logits = finite_logits(load_model(run.weights), val.images, len(val.fine_names), str(run.weights))
+    path, fine_labels = run.folder / "val_predictions.npz", val.fine_labels.numpy().astype(np.uint8)
     with replacing(path) as partial, open(partial, "wb") as file:
-        np.savez_compressed(file, logits=logits, fine_labels=val.fine_labels.numpy().astype(np.uint8))
+        np.savez_compressed(file, logits=logits.numpy().astype(np.float16), fine_labels=fine_labels)
     return _copy(run.folder, ["config.json", path.name], results_dir / PUBLISHED / CALIBRATION / run.recipe)
 
 
@@ -66,11 +66,12 @@ def read_calibration(run: FinishedRun, results_dir: Path) -> tuple[np.ndarray, n
     if not path.exists():
         return None
     require_alike([run, FinishedRun(folder)], besides=("train_on_all",))
-    try:
-        with np.load(path, allow_pickle=False) as file:
-            return file["logits"], file["fine_labels"].astype(np.int64)
-    except Exception as error:  # numpy raises nearly anything for a damaged archive
-        raise UserError(f"{path} is damaged ({type(error).__name__}): make it again with --calibrate") from error
+    logits, labels = read_arrays(path, "logits", "fine_labels")
+    if labels.dtype != np.uint8 or labels.ndim != 1 or not len(labels) or labels.max() >= len(FINE_NAMES) \
+            or not are_logits(logits, len(labels), len(FINE_NAMES)):
+        raise UserError(f"{path} holds no logits and labels of {len(FINE_NAMES)} classes: "
+                        "make it again with --calibrate")
+    return logits, labels.astype(np.int64)
 
 
 def publish_overfit(name: str, results_dir: Path) -> Path:
@@ -80,9 +81,14 @@ def publish_overfit(name: str, results_dir: Path) -> Path:
     """
     source = results_dir / name
     content = read_json(source / "overfit.json")
-    if content.get("given") != {} or not content["readings"]["cross-entropy"]["passed"]:
+    try:
+        plain = content["given"] == {} and content["readings"]["cross-entropy"]["passed"] is True
+        clean = content["git_changes"] is False
+    except (KeyError, TypeError):
+        plain = clean = False
+    if not plain:
         raise UserError(f"{source} is not the plain check, passed: run it again with --overfit-batch alone")
-    if content["git_changes"] is not False:
+    if not clean:
         raise UserError(f"{source} was not made from a clean commit: commit every change and make it again")
     return _copy(source, ["overfit.json", "overfit.png", "curves.csv"], results_dir / PUBLISHED / name)
 

@@ -6,8 +6,10 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import torch
 
-from utils import COARSE_OF_FINE
+import utils
+from utils import COARSE_OF_FINE, Split, content_digest
 
 
 def fake_records(pictures: int, seed: int) -> np.ndarray:
@@ -19,12 +21,22 @@ def fake_records(pictures: int, seed: int) -> np.ndarray:
     return records
 
 
+def as_split(records: np.ndarray) -> Split:
+    coarse_labels, fine_labels = torch.from_numpy(records[:, :2].astype(np.int64).T.copy())
+    return Split(torch.from_numpy(records[:, 2:].reshape(-1, 3, 32, 32)), fine_labels, coarse_labels)
+
+
 @pytest.fixture(scope="session")
 def official_data_dir() -> Iterator[Path]:
-    """A data folder with the binary version: 184 MB, so it is removed when the tests are done."""
-    with tempfile.TemporaryDirectory() as folder:
+    """A data folder with the binary version: 184 MB, so it is removed when the tests are done.
+
+    Until then its pictures are the official ones to whoever loads them in this process.
+    """
+    with tempfile.TemporaryDirectory() as folder, pytest.MonkeyPatch.context() as patch:
         binary = Path(folder) / "cifar-100-binary"
         binary.mkdir()
-        fake_records(50_000, seed=1).tofile(binary / "train.bin")
-        fake_records(10_000, seed=2).tofile(binary / "test.bin")
+        for seed, (part, pictures) in enumerate(utils.PICTURES.items(), start=1):
+            records = fake_records(pictures, seed)
+            records.tofile(binary / f"{part}.bin")
+            patch.setitem(utils.CONTENT, part, content_digest(as_split(records)))
         yield Path(folder)

@@ -5,9 +5,12 @@ downloads come from this machine.
 """
 
 import hashlib
+import os
 import pickle
 import socket
 import struct
+import subprocess
+import sys
 import tarfile
 import tempfile
 from collections.abc import Callable, Iterator
@@ -26,6 +29,7 @@ from torchvision.datasets import CIFAR100
 
 import utils
 from data import synthetic
+from tests.helpers import ROOT, error_line, run_names, run_script
 from utils import (
     Augmentation,
     Split,
@@ -236,6 +240,56 @@ def test_labels_that_cannot_be_official_are_refused(official_data_dir, data_dir,
     path = write_records(data_dir, part, records)
     text = refusal(load_cifar100 if part == "train" else load_test_set, data_dir)
     assert str(path) in text and complaint in text and "delete it" in text
+
+
+def flip_a_bit_of_a_picture(records: np.ndarray) -> None:
+    records[123, 2 + 456] ^= 1
+
+
+def swap_two_pictures_labels(records: np.ndarray) -> None:
+    one, other = (int(np.flatnonzero(records[:, 1] == label)[0]) for label in (0, 99))
+    records[[one, other], :2] = records[[other, one], :2]
+
+
+def show_one_picture_twice(records: np.ndarray) -> None:
+    one, other = np.flatnonzero(records[:, 1] == 7)[:2]
+    records[one] = records[other]
+
+
+@pytest.mark.parametrize("damage", [flip_a_bit_of_a_picture, swap_two_pictures_labels, show_one_picture_twice])
+@pytest.mark.parametrize("part", ["train", "test"])
+def test_pictures_and_labels_that_are_not_the_official_ones_are_refused(official_data_dir, data_dir, part, damage):
+    records = read_records(official_data_dir, part)
+    damage(records)
+    path = write_records(data_dir, part, records)
+    text = refusal(load_cifar100 if part == "train" else load_test_set, data_dir)
+    assert str(path) in text and "not the official ones" in text and "delete it" in text
+
+
+def test_a_damaged_data_set_starts_no_run(official_data_dir, data_dir, tmp_path, capsys):
+    records = read_records(official_data_dir, "train")
+    flip_a_bit_of_a_picture(records)
+    path = write_records(data_dir, "train", records)
+    assert run_script(tmp_path / "results", "--data-dir", str(data_dir)) == 2
+    assert str(path) in error_line(capsys)
+    assert run_names(tmp_path / "results") == []
+    assert np.array_equal(read_records(data_dir, "train"), records)
+
+
+def test_another_data_set_of_the_same_size_is_refused(official_data_dir, data_dir):
+    generator = np.random.default_rng(5)
+    records = read_records(official_data_dir, "test")
+    records[:, 2:] = generator.integers(0, 256, (10_000, 3072), dtype=np.uint8)
+    write_records(data_dir, "test", records)
+    assert "not the official ones" in refusal(load_test_set, data_dir)
+
+
+@pytest.mark.skipif("CIFAR100_DIR" not in os.environ, reason="needs the real data set in $CIFAR100_DIR")
+def test_the_real_data_set_is_taken_for_the_official_one():
+    load = "import utils; train, val = utils.load_cifar100(utils.default_data_dir()); " \
+        "print(len(train), len(val), len(utils.load_test_set(utils.default_data_dir())))"
+    done = subprocess.run([sys.executable, "-c", load], cwd=ROOT, capture_output=True, text=True, timeout=100)
+    assert done.stdout == "45000 5000 10000\n", done.stderr
 
 
 @pytest.mark.parametrize("below", [".", "folder"])

@@ -9,8 +9,6 @@ import os
 import re
 import shlex
 import signal
-import subprocess
-import sys
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -28,7 +26,6 @@ from models import create_model, load_model
 from overfit import LOSSES
 from settings import exit_status, parse_command_line
 from tests.helpers import (
-    ROOT,
     STEPS_PER_EPOCH,
     TINY,
     after_step,
@@ -42,6 +39,7 @@ from tests.helpers import (
     same_weights,
     train_tiny,
 )
+from tests.processes import lines_until_epoch, started
 from train_mlp import MLPSettings
 from utils import compute_logits, load_cifar100
 
@@ -396,17 +394,6 @@ def test_the_command_that_an_interrupted_run_names_goes_on_with_it(
     assert (tmp_path / "mlp-s0" / "result.json").exists()
 
 
-def test_a_damaged_checkpoint_is_refused(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
-) -> None:
-    assert interrupted_after(monkeypatch, 3, lambda: train_tiny(tmp_path, "--epochs", "1")) == 130
-    checkpoint = tmp_path / "mlp-s0" / "checkpoint.pt"
-    checkpoint.write_bytes(checkpoint.read_bytes()[:-2000])
-    capsys.readouterr()
-    assert resume(tmp_path, "mlp-s0") == 2
-    assert "checkpoint.pt" in error_line(capsys)
-
-
 def test_a_checkpoint_of_another_network_is_refused(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -417,21 +404,11 @@ def test_a_checkpoint_of_another_network_is_refused(
     error_line(capsys)
 
 
-def lines_until_epoch(process: subprocess.Popen[str], epoch: int) -> None:
-    """Read a training's output up to the line of this epoch."""
-    for line in process.stdout:
-        if line.startswith("epoch") and int(line.split()[1].split("/")[0]) >= epoch:
-            return
-    pytest.fail(f"the training ended before epoch {epoch}: {process.stderr.read()}")
-
-
 def test_signals_end_a_real_process_with_its_state_saved(tmp_path: Path) -> None:
     settings = ("--epochs", "8", "--batch-size", "1000", "--dropout", "0.2")
     start, go_on = (*TINY, *settings), ("--resume", "mlp-s0", "--quiet")
     for flags, epoch, number, status in ((start, 1, signal.SIGINT, 130), (go_on, 2, signal.SIGTERM, 143)):
-        command = [sys.executable, "train_mlp.py", *flags, "--results-dir", str(tmp_path)]
-        with subprocess.Popen(command, cwd=ROOT, text=True, stdout=subprocess.PIPE, stderr=subprocess.PIPE,
-                              env={**os.environ, "OMP_NUM_THREADS": "1"}) as process:
+        with started("train_mlp.py", *flags, "--results-dir", str(tmp_path)) as process:
             lines_until_epoch(process, epoch)
             process.send_signal(number)
             output, errors = process.communicate(timeout=60)

@@ -151,7 +151,7 @@ def test_the_views_are_what_a_training_trains_on(script, side, tmp_path, monkeyp
     """At 32 pixels, where nothing stands between `training_step` and the first layer but the normalisation."""
     batches, told = [], []
 
-    def note(model, optimizers, images, targets, settings):
+    def note(model, optimizers, images, targets, settings, weight):
         batches.append(images.clone())
         told.append(settings)
         return torch.zeros(len(images), 100), torch.zeros(())
