@@ -3,7 +3,7 @@
 PYTHON ?= python3
 BIN := .venv/bin
 
-.PHONY: run test lint check clean
+.PHONY: run test test-slow lint check clean
 
 # Only here is the synthetic set a fallback, and it says so; the scripts never replace the data set by themselves.
 run: .venv/ready
@@ -16,6 +16,9 @@ run: .venv/ready
 
 test: .venv/ready
 	$(BIN)/python -m pytest
+
+test-slow: .venv/ready
+	$(BIN)/python -m pytest -m slow
 
 lint: .venv/ready
 	$(BIN)/ruff check .

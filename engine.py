@@ -404,7 +404,7 @@ def _result(training: _Training, pictures: int, machine: dict[str, Any], *, was_
         "peak_memory_bytes": peak_memory(settings.device),
         "processes": training.processes.count,
         "resumed": was_resumed,
-        "machine": machine,
+        "machine": {**machine, "threads": machine["threads"] * training.processes.count},
     }
 
 

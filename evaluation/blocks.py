@@ -179,6 +179,7 @@ BLOCKS: dict[str, Callable[[Published], str]] = {
     "results": _results, "overfit": _overfit, "classes": _classes, "duplicates": _duplicates,
     "calibration": _calibration, "compare": _compare, "squeeze": _squeeze, "prediction": _prediction,
     "cost": _printed("time_to_accuracy.md"), "riddle": _printed("overfit_riddle.md"),
+    "resources": _printed("cost.md"), "scaling": _printed("scaling.md"),
 }
 
 

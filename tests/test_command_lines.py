@@ -225,7 +225,10 @@ def without_work(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(sanity_checks, "make_subject", begin)
     monkeypatch.setattr(torch, "set_num_threads", lambda count: None)
     monkeypatch.setattr(torch.onnx, "export", begin)
+    monkeypatch.setattr("benchmarks.cost.measure", begin)
+    monkeypatch.setattr("benchmarks.cost.measured_alone", begin)
     monkeypatch.setattr("benchmarks.loader.median_speeds", begin)
+    monkeypatch.setattr("benchmarks.scaling.measure", begin)
     monkeypatch.setattr("benchmarks.overfit_riddle.row", begin)
     monkeypatch.setattr("benchmarks.time_to_accuracy.contestants", begin)
 

@@ -510,7 +510,7 @@ def documented(held_out: Place, capsys: pytest.CaptureFixture[str]) -> Place:
     folder = held_out.published / "overfit_batch" / "mlp"
     shutil.copytree(ROOT / "results" / "published" / "overfit_batch" / "mlp", folder)
     (held_out.published / "benchmarks").mkdir()
-    for file in ("time_to_accuracy.md", "overfit_riddle.md"):
+    for file in ("time_to_accuracy.md", "overfit_riddle.md", "cost.md", "scaling.md"):
         (held_out.published / "benchmarks" / file).write_text(f"| {file} | 7 |\n")
     list_near_duplicates(held_out, TestPictures("", synthetic=True).hashes[:10])
     assert held_out.main("--calibrate", "held-out") == 0

@@ -66,6 +66,7 @@ def test_a_run_says_how_many_processes_made_it(results_dir: Path) -> None:
     config = read_json(results_dir / "two" / "config.json")
     assert config["processes"] == read_json(results_dir / "two" / "result.json")["processes"] == 2
     assert config["command"].startswith("torchrun --nproc_per_node=2 train_mlp.py ")
+    assert read_json(results_dir / "two" / "result.json")["machine"]["threads"] == 2
     assert read_json(results_dir / "one" / "config.json")["processes"] == 1
 
 
