@@ -116,7 +116,7 @@ class _Training:
 
     def save(self) -> None:
         """Write a checkpoint, unless what it would hold is no longer finite."""
-        self.require_finite(self.model.parameters(), "weights")
+        self.require_finite(self.model.state_dict().values(), "weights")
         progress = {name: getattr(self.state, name) for name in self.state.__dataclass_fields__}
         optimizers = [optimizer.state_dict() for optimizer in self.optimizers]
         self.run.save_checkpoint({"model": self.model.state_dict(), "optimizers": optimizers, "progress": progress})
@@ -148,10 +148,8 @@ class _Training:
         if all(bool(torch.isfinite(tensor).all()) for tensor in tensors):
             return
         epoch = min(self.state.epoch + 1, self.run.settings.epochs)
-        has_one = self.run.checkpoint_path.exists()
-        kept = "the checkpoint before that is kept" if has_one else "there was no checkpoint yet"
         raise UserError(f"the {what} of {self.run.name} stopped being finite by epoch {epoch}, step {self.state.step}; "
-                        f"{kept}; try a smaller --lr or --precision float32")
+                        "the last checkpoint, if there is one, is kept; try a smaller --lr or --precision float32")
 
 
 def _require_possible(state: _State, epochs: int) -> None:
@@ -209,11 +207,12 @@ def _train_runs(command: Command, processes: Processes) -> int:
     if command.resume is not None and processes.is_first:
         resumed = Run.resume(command.results_dir, command.resume, script.settings_class, command.given, processes.count)
     told = agreed(command.settings if resumed is None else resumed.settings)
-    if told.batch_size <= 2 * processes.count > 2:
+    if processes.count > 1 and told.batch_size <= 2 * processes.count:
         raise UserError(f"--batch-size must be above {2 * processes.count} with {processes.count} processes, "
                         f"not {told.batch_size}")
-    train_split, val_split = load_cifar100(
-        told.data_folder, train_on_all=told.train_on_all, use_synthetic=told.synthetic)
+    with processes.first_goes_ahead():  # where the data set is missing it downloads it
+        train_split, val_split = load_cifar100(
+            told.data_folder, train_on_all=told.train_on_all, use_synthetic=told.synthetic)
     for seed in command.seeds if command.resume is None else (told.seed,):
         settings = prepare_device(replace(told, seed=seed))
         model = new_model(script, settings, train_split, len(train_split.fine_names))
@@ -404,7 +403,7 @@ def _result(training: _Training, pictures: int, machine: dict[str, Any], *, was_
         "peak_memory_bytes": peak_memory(settings.device),
         "processes": training.processes.count,
         "resumed": was_resumed,
-        "machine": {**machine, "threads": machine["threads"] * training.processes.count},
+        "machine": {**machine, "threads": settings.threads * training.processes.count},
     }
 
 

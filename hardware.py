@@ -111,7 +111,7 @@ def machine_facts(device: str) -> dict[str, Any]:
     for precision in ("float32", "bfloat16"):
         if device == "mps" and precision == "bfloat16":
             continue
-        seconds = seconds_per_call(lambda precision=precision: step(precision), budget=0.8)
+        seconds = seconds_per_call(lambda precision=precision: step(precision), budget=0.4)
         facts[f"conv3x3_{precision}_gflops"] = round(flops / seconds / 1e9, 1)
     return facts
 

@@ -10,7 +10,7 @@ import io
 import os
 import sys
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from typing import TypeVar
 
@@ -65,6 +65,15 @@ class Processes:
         dist.broadcast(sent, src=0)
         return torch.load(io.BytesIO(sent.numpy().tobytes()), map_location="cpu", weights_only=True)
 
+    @contextmanager
+    def first_goes_ahead(self) -> Iterator[None]:
+        """The others enter the block when process 0 has left it."""
+        if not self.is_first:
+            self.largest(0)
+        yield
+        if self.is_first:
+            self.largest(0)
+
     def connect(self, model: nn.Module) -> nn.Module:
         """The model with gradients averaged over all processes, and on GPUs batch norm over the whole batch.
 
@@ -76,7 +85,7 @@ class Processes:
         if next(model.parameters()).is_cuda:
             nn.SyncBatchNorm.convert_sync_batchnorm(model)
         connected = DistributedDataParallel(model)
-        if self.count > 2:
+        if self.count > 2 and not next(model.parameters()).is_cuda:
             connected.register_comm_hook(self, _average_one_by_one)
         return connected
 
@@ -86,7 +95,7 @@ def _average_one_by_one(processes: Processes, bucket: dist.GradBucket) -> torch.
 
     PyTorch would add up a bucket as a whole. After its first step it packs the buckets anew, and with three processes
     or more the place in a bucket decides in which order is added: a training that was resumed would differ in the last
-    bit from one that was not.
+    bit from one that was not. On GPUs bits are not promised, and starting many small exchanges would cost more.
     """
     for gradient in bucket.gradients():
         processes.total(gradient.div_(processes.count))
@@ -138,7 +147,8 @@ def leave(status: int) -> int:
     """
     if dist.is_initialized():
         for stream in filter(None, (sys.stdout, sys.stderr)):
-            stream.flush()
+            with suppress(OSError):
+                stream.flush()
         os._exit(status)
     return status
 

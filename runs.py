@@ -39,6 +39,7 @@ BLUE, ORANGE = "#0072B2", "#D55E00"  # Okabe and Ito's palette, told apart by co
 PARTIAL = ".partial"  # ends the name of a file that is being written
 WRITTEN = {"collections OrderedDict", "torch._utils _rebuild_tensor_v2",  # all that a checkpoint's pickle names
            *(f"torch {kind}Storage" for kind in ("Float", "Double", "Long", "BFloat16", "Half"))}
+MAX_JSON_BYTES = 2**24  # far more than any file of ours has
 PLOT_EVERY = 15.0  # seconds: drawing a figure takes a good part of one
 
 
@@ -67,6 +68,9 @@ def _flush(path: Path) -> None:
     descriptor = os.open(path, os.O_RDONLY)
     try:
         os.fsync(descriptor)
+    except OSError as error:
+        if error.errno != errno.EINVAL:  # some network file systems cannot, and say so
+            raise
     finally:
         os.close(descriptor)
 
@@ -84,6 +88,8 @@ def read_json(path: Path) -> Any:
     """What a JSON file holds. Raises UserError if it is missing or damaged."""
     if not path.is_file():  # of a pipe or a device reading may never end
         raise UserError(f"{path} is {'no file' if path.exists() else 'missing'}")
+    if path.stat().st_size > MAX_JSON_BYTES:
+        raise UserError(f"{path} has more than {MAX_JSON_BYTES:,} bytes; was it edited?")
     try:
         return json.loads(path.read_text(encoding="utf-8"))
     except (ValueError, RecursionError) as error:
@@ -129,8 +135,8 @@ class Run:
         names = counted if name is None else [_checked_name(name)]
         config = {"settings": dataclasses.asdict(settings), "command": command, "processes": processes, **provenance()}
         results_dir.mkdir(parents=True, exist_ok=True)
-        new = results_dir / f".new.{os.getpid()}"
-        new.mkdir(exist_ok=True)
+        new = results_dir / f".new.{os.getpid()}.{time.time_ns()}"
+        new.mkdir()
         try:
             write_json(new / "config.json", config)
             folder = next((results_dir / free for free in names if _renamed(new, results_dir / free)), None)
@@ -156,9 +162,10 @@ class Run:
         config = read_json(folder / "config.json")
         if not isinstance(config, dict) or not isinstance(config.get("settings"), dict):
             raise UserError(f"{folder / 'config.json'} holds no settings; was it edited?")
-        if config.get("processes", 1) != processes:
-            raise UserError(f"the run {name} was started with {config['processes']} processes, not {processes}: "
-                            f"resume it with torchrun --nproc_per_node={config['processes']}")
+        before = config.get("processes", 1)
+        if before != processes:
+            raise UserError(f"the run {name} was started with {before} processes, not {processes}: "
+                            f"resume it with torchrun --nproc_per_node={before}")
         settings = settings_class.from_config(config["settings"])
         may_differ = {f.name for f in dataclasses.fields(settings) if f.metadata["resumable"]}
         for setting_name, value in given.items():
@@ -180,6 +187,7 @@ class Run:
         torch.save({**state, "settings": dataclasses.asdict(self.settings)}, content)
         with replacing(self.checkpoint_path) as partial:
             partial.write_bytes(content.getbuffer())
+            _flush(partial)  # before the old ones move
             if self.checkpoint_path.exists():
                 os.replace(self.checkpoint_path, self.previous_path)
 
@@ -234,8 +242,8 @@ class Run:
         self.plot(rows)
         with replacing(self.weights_path) as partial:
             save_model(model, partial)
-        write_json(self.result_path, result)
         self.previous_path.unlink(missing_ok=True)
+        write_json(self.result_path, result)
 
 
 class _Damaged(Exception):
@@ -261,12 +269,23 @@ def _read_checkpoint(path: Path) -> dict[str, Any]:
         state = torch.load(path, map_location="cpu", weights_only=True)
         if not isinstance(state["settings"], dict):
             raise ValueError("it has no settings")
+        if any(tensor.nbytes > tensor.untyped_storage().nbytes() for tensor in _tensors_in(state)):
+            raise ValueError("it was not written here")  # and would be far larger once it is copied
         return state
-    except OSError:
+    except PermissionError:
         raise
-    except Exception as error:  # torch.load raises nearly anything for a damaged file
+    except Exception as error:  # torch.load and zipfile raise nearly anything for a damaged file
         reason = str(error) if type(error) is ValueError else type(error).__name__
         raise _Damaged(reason) from error
+
+
+def _tensors_in(tree: Any) -> Iterator[torch.Tensor]:
+    """All tensors of a nest of dictionaries, lists and tuples."""
+    if isinstance(tree, torch.Tensor):
+        yield tree
+    elif isinstance(tree, (dict, list, tuple)):
+        for branch in tree.values() if isinstance(tree, dict) else tree:
+            yield from _tensors_in(branch)
 
 
 def _names_in(pickled: bytes) -> set[str]:
@@ -277,7 +296,7 @@ def _names_in(pickled: bytes) -> set[str]:
 class Unwritten:
     """What `engine.train` asks of a `Run`, for a training of which nothing is kept, or not by this process."""
 
-    checkpoint_path = Path("there is no checkpoint")
+    checkpoint_path = Path("the checkpoint")
     finished = False
 
     def __init__(self, name: str, settings: Settings) -> None:

@@ -6,6 +6,7 @@ random here is a pure function of its arguments, never of a generator's hidden s
 The training scripts see `load_cifar100`, which never reads a test picture. `load_test_set` is for whoever reports.
 """
 
+import errno
 import hashlib
 import http.client
 import math
@@ -186,7 +187,11 @@ def _load_official(data_dir: Path, part: str) -> Split:
         if not _is_there(data_dir / PYTHON_FOLDER):
             with tempfile.TemporaryDirectory(prefix=".download-", dir=data_dir) as folder:
                 _download(Path(folder))  # there first, so that no half of it is ever trusted
-                os.replace(Path(folder) / PYTHON_FOLDER, data_dir / PYTHON_FOLDER)
+                try:
+                    os.replace(Path(folder) / PYTHON_FOLDER, data_dir / PYTHON_FOLDER)
+                except OSError as error:
+                    if error.errno not in (errno.EEXIST, errno.ENOTEMPTY):  # another process was faster
+                        raise
         return _checked(*_read_python(data_dir, part), part, data_dir / PYTHON_FOLDER)
     except OSError as error:
         raise UserError(f"cannot use the data folder {data_dir}: {error.strerror or error}; "

@@ -228,7 +228,7 @@ def without_work(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("benchmarks.cost.measure", begin)
     monkeypatch.setattr("benchmarks.cost.measured_alone", begin)
     monkeypatch.setattr("benchmarks.loader.median_speeds", begin)
-    monkeypatch.setattr("benchmarks.scaling.measure", begin)
+    monkeypatch.setattr("benchmarks.scaling.machine_facts", begin)
     monkeypatch.setattr("benchmarks.overfit_riddle.row", begin)
     monkeypatch.setattr("benchmarks.time_to_accuracy.contestants", begin)
 
@@ -316,7 +316,7 @@ def try_all(script: str, examples: int, world: Path, folder: Path, *, light: boo
 @pytest.mark.usefixtures("without_work")
 @pytest.mark.parametrize("script", SCRIPTS)
 def test_no_command_line_brings_a_traceback(script: str, small_world: Path, tmp_path: Path) -> None:
-    outcomes = try_all(script, 100, small_world, tmp_path / "try")
+    outcomes = try_all(script, 60, small_world, tmp_path / "try")
     assert 2 in outcomes
 
 
@@ -356,8 +356,8 @@ def test_settings_in_many_combinations_are_trained_with_or_refused(
     ("train_mlp.py", ("--lr=--",), "--lr"),  # to argparse an empty list
     ("train_mlp.py", ("--results-dir", ""), "give a value"),  # was the current folder
     ("train_mlp.py", ("--results-dir", "a\0b"), "give a value"),
-    ("train_mlp.py", ("--results-dir", "file"), "file"),
-    ("train_mlp.py", ("--results-dir", "/dev/null/x"), "/dev/null"),
+    ("train_mlp.py", ("--synthetic", "--results-dir", "file"), "file"),
+    ("train_mlp.py", ("--synthetic", "--results-dir", "file/below"), "file"),
     ("train_mlp.py", ("--optimizer", "adamw", "--other-lr", "0.1"), "--other-lr means nothing with --optimizer adamw"),
     ("train_mlp.py", ("--alternate", "--no-flip"), "--alternate means nothing with --no-flip"),
     ("train_cnn.py", ("--model", "convnet", "--depth", "16"), "--depth means nothing with --model convnet"),

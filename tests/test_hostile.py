@@ -619,6 +619,11 @@ def reshape_the_optimizers_memory(state: dict[str, Any]) -> None:
         kept_of_it["exp_avg"] = torch.zeros(3, 3)
 
 
+def expand_the_optimizers_memory(state: dict[str, Any]) -> None:
+    for kept_of_it in state["optimizers"][0]["state"].values():
+        kept_of_it["exp_avg"] = torch.zeros(1, dtype=torch.float64).expand(10**6, 10**6)
+
+
 def change_the_class_count(state: dict[str, Any]) -> None:
     state["model"] |= {name: values[:10] for name, values in state["model"].items() if name.startswith("head")}
 
@@ -627,6 +632,7 @@ CHANGES: dict[str, Callable[[dict[str, Any]], object]] = {
     "wrong shape": reshape_a_weight,
     "a shape that takes 8 TB": expand_a_weight,
     "wrong shape in the optimizer": reshape_the_optimizers_memory,
+    "an optimizer's state that takes 8 TB": expand_the_optimizers_memory,
     "wrong class count": change_the_class_count,
     "other settings": lambda state: state["settings"].update(lr=0.5),
     "settings of another type": lambda state: state.update(settings=[]),

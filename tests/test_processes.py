@@ -1,5 +1,6 @@
 """Trainings in several processes, as torchrun starts them: the same result, one writer, and what if one dies."""
 
+import json
 import os
 import re
 import signal
@@ -44,8 +45,9 @@ def results_dir(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
 def test_two_processes_take_the_steps_of_one(results_dir: Path) -> None:
     """With every augmentation, and batches of an odd number of pictures."""
     one, two = (weights(results_dir / name) for name in ("one", "two"))
-    initial = train_mlp.build_model(train_mlp.MLPSettings(widths=(64, 32), batch_norm=False))
-    assert one.keys() == two.keys() == initial.state_dict().keys()
+    losses = [float(row["train_loss"]) for row in metrics(results_dir / "one")]
+    assert losses[-1] < losses[0]  # it has moved
+    assert one.keys() == two.keys()
     for name in one:
         torch.testing.assert_close(one[name], two[name], rtol=0, atol=1e-5)
     for row_of_one, row_of_two in zip(*(metrics(results_dir / name) for name in ("one", "two")), strict=True):
@@ -73,10 +75,16 @@ def test_a_run_says_how_many_processes_made_it(results_dir: Path) -> None:
 @pytest.mark.parametrize(("name", "processes", "advice"), [
     ("two", 1, "torchrun --nproc_per_node=2"), ("one", 2, "torchrun --nproc_per_node=1")])
 def test_a_run_is_not_resumed_in_another_number_of_processes(
-    name: str, processes: int, advice: str, results_dir: Path
+    name: str, processes: int, advice: str, results_dir: Path, tmp_path: Path
 ) -> None:
     with pytest.raises(UserError, match=advice):
         Run.resume(results_dir, name, train_mlp.MLPSettings, {}, processes)
+    config = read_json(results_dir / "one" / "config.json")
+    del config["processes"]  # as in runs made before there could be several
+    (tmp_path / "old").mkdir()
+    (tmp_path / "old" / "config.json").write_text(json.dumps(config))
+    with pytest.raises(UserError, match="with 1 processes, not 2"):
+        Run.resume(tmp_path, "old", train_mlp.MLPSettings, {}, 2)
 
 
 @pytest.mark.parametrize("count", [1, 2, 3, 7])
@@ -105,6 +113,23 @@ def test_what_makes_no_sense_in_several_processes_is_refused(
     assert "one process" in error_line(capsys)
 
 
+@pytest.mark.slow
+def test_several_seeds_in_several_processes_are_several_runs(tmp_path: Path) -> None:
+    done = train(tmp_path, 2, *MLP, *NO_NORM, "--seeds", "0,1")
+    assert done.returncode == 0, done.stderr
+    assert run_names(tmp_path) == ["mlp-s0", "mlp-s1"]
+
+
+@pytest.mark.slow
+def test_if_it_diverges_in_several_processes_each_says_the_same(tmp_path: Path) -> None:
+    done = train(tmp_path, 2, *MLP, *NO_NORM, "--lr", "1e30")
+    errors = [line.partition(": ")[2] for line in done.stderr.splitlines() if line.startswith("error")]
+    assert done.returncode != 0
+    assert errors and set(errors) == {errors[0]} and "stopped being finite" in errors[0].replace("mlp-s0", "")
+    assert not (tmp_path / "mlp-s0" / "result.json").exists()
+
+
+@pytest.mark.slow
 def test_a_batch_too_small_to_be_shared_is_refused(tmp_path: Path) -> None:
     done = train(tmp_path, 2, *MLP, "--batch-size", "4")
     errors = [line for line in done.stderr.splitlines() if line.startswith("error")]
