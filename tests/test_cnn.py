@@ -207,7 +207,8 @@ def test_refreshed_norms_are_those_of_the_weights_as_they_are() -> None:
     assert model.norm.momentum == nn.BatchNorm2d(1).momentum
 
 
-@pytest.mark.parametrize("recipe", train_cnn.RECIPES)
+@pytest.mark.parametrize("recipe", [
+    pytest.param(recipe, marks=pytest.mark.slow) if recipe == "original" else recipe for recipe in train_cnn.RECIPES])
 def test_every_recipe_trains_end_to_end(recipe: str, tmp_path: Path) -> None:
     assert run_cnn(tmp_path, "--synthetic", *MACHINE, "--recipe", recipe, *SMALL.get(recipe, SMALL_CONVNET)) == 0
     run = tmp_path / f"{recipe}-s0"

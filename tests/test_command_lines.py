@@ -332,7 +332,7 @@ def test_settings_in_all_combinations_are_trained_with_or_refused(
 @pytest.mark.usefixtures("without_work")
 @pytest.mark.parametrize("script", SCRIPTS)
 def test_no_command_line_of_many_brings_a_traceback(script: str, small_world: Path, tmp_path: Path) -> None:
-    try_all(script, 300, small_world, tmp_path / "try")
+    try_all(script, 150, small_world, tmp_path / "try")
 
 
 @pytest.mark.slow
@@ -340,7 +340,7 @@ def test_no_command_line_of_many_brings_a_traceback(script: str, small_world: Pa
 def test_settings_in_many_combinations_are_trained_with_or_refused(
     script: str, small_world: Path, tmp_path: Path
 ) -> None:
-    try_all(script, 250, small_world, tmp_path / "try", light=True)
+    try_all(script, 120, small_world, tmp_path / "try", light=True)
 
 
 @pytest.mark.usefixtures("without_work")

@@ -161,7 +161,7 @@ sys.exit(exit_status(lambda: train_mlp.main(sys.argv[1:])))
 """
 
 
-@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+@pytest.mark.parametrize("number", [signal.SIGINT, pytest.param(signal.SIGTERM, marks=pytest.mark.slow)])
 def test_a_second_signal_ends_it_at_once(number: signal.Signals, tmp_path: Path) -> None:
     with started("-c", SLOW_STEPS, *TINY, "--results-dir", str(tmp_path)) as process:
         assert any(line == "a step\n" for line in process.stdout)
@@ -343,6 +343,7 @@ def test_a_reader_who_has_enough_ends_it_without_a_word(tmp_path: Path) -> None:
     assert errors == ""
 
 
+@pytest.mark.slow
 def test_closed_streams_are_no_matter(tmp_path: Path) -> None:
     noisy = [word for word in TINY if word != "--quiet"]
     done = subprocess.run(["sh", "-c", 'exec "$@" >&- 2>&-', "sh", sys.executable, "train_mlp.py", *noisy,
@@ -371,6 +372,7 @@ def test_a_read_only_results_folder_is_one_line(tmp_path: Path) -> None:
     assert run_names(tmp_path) == []
 
 
+@pytest.mark.slow
 def test_a_read_only_run_keeps_its_checkpoint(stopped: Path) -> None:
     before = contents(stopped)
     stopped.chmod(0o555)

@@ -77,7 +77,7 @@ def with_train_labels(subject: Subject, labels: Tensor) -> Subject:
 # ---------------------------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("name", ["tiny", "tiny-convnet"])
+@pytest.mark.parametrize("name", ["tiny", pytest.param("tiny-convnet", marks=pytest.mark.slow)])
 def test_a_sound_network_passes_every_check_and_leaves_a_film_strip(
     name: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
