@@ -90,6 +90,12 @@ def edit_settings(run: Path, **changes: Any) -> None:
     (run / "config.json").write_text(json.dumps(config))
 
 
+def contents(folder: Path) -> dict[Path, bytes]:
+    """What every file in a folder holds, by its path in there, but for locks."""
+    return {path.relative_to(folder): path.read_bytes() for path in sorted(folder.rglob("*"))
+            if path.is_file() and path.name != ".lock"}
+
+
 def run_names(results_dir: Path) -> list[str]:
     return sorted(path.name for path in results_dir.iterdir()) if results_dir.exists() else []
 

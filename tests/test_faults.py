@@ -26,6 +26,7 @@ from tests.helpers import (
     STEPS_PER_EPOCH,
     TINY,
     after_step,
+    contents,
     drawn_once,  # noqa: F401 (a fixture)
     error_line,
     metrics,
@@ -44,10 +45,6 @@ CNN = ("--synthetic", "--widths", "8,16,16", "--sides", "16,20,32", "--batch-siz
 @pytest.fixture(autouse=True)
 def no_figures(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(runs, "save_figure", lambda figure, path: None)
-
-
-def contents(run: Path) -> dict[str, bytes]:
-    return {path.name: path.read_bytes() for path in run.iterdir()}
 
 
 # ---------------------------------------------------------------------------------------------------------------------

@@ -40,6 +40,7 @@ from settings import exit_status
 from tests.helpers import (
     ROOT,
     after_step,
+    contents,
     drawn_once,  # noqa: F401 (a fixture)
     error_line,
     leaves,
@@ -85,11 +86,6 @@ def trace(tmp_path: Path) -> Iterator[Path]:
     path.rmdir()  # so it works
     yield path
     assert not path.exists()
-
-
-def contents(folder: Path) -> dict[Path, bytes]:
-    """What every file in a folder holds, but for locks."""
-    return {path: path.read_bytes() for path in sorted(folder.rglob("*")) if path.is_file() and path.name != ".lock"}
 
 
 def bit_flips(content: bytes, count: int, first_byte: int = 0) -> Iterator[bytes]:
