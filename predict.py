@@ -1,15 +1,15 @@
-"""Classify your own pictures, or export a network for other programs.
+"""Classify your own images, or export a network for other programs.
 
-    python predict.py cat.jpg holiday/          # the five likeliest classes of each, by the best published network
-    python predict.py cat.jpg --model mlp-s0    # by a run of yours, a published one, or any weights file
-    python predict.py holiday/ --json           # the same for programs
-    python predict.py --export model.onnx       # the network as ONNX: float32 [N, 3, 32, 32] in [0, 1] -> logits
+    python predict.py cat.jpg holiday/          # the five most probable classes of each, by the best published network
+    python predict.py cat.jpg --model mlp-s0    # use one of your runs, a published run, or any weights file
+    python predict.py holiday/ --json           # the same, for programs
+    python predict.py --export model.onnx       # write the network as ONNX: float32 [N, 3, 32, 32] in [0, 1] -> logits
 
-Pictures may be of any size and of nearly any format and kind; of a folder, every picture in it, without the folders
-inside. The middle square is what is looked at. The exit status is 0 if all were classified and 1 if some were not,
-of which each has a line on stderr.
+Images may have any size and nearly any format. For a folder, all images in it are classified, without those in
+subfolders. Only the center square of an image is used. The exit status is 0 if all images were classified, and 1 if
+some could not be; each of those has a line on stderr.
 
-The answer is always one of CIFAR-100's classes, whatever the picture shows.
+The answer is always one of CIFAR-100's classes, whatever the image shows.
 """
 
 import json
@@ -23,68 +23,70 @@ import numpy as np
 import torch
 from torch import nn
 
-from evaluation.pictures import SIDE, answers, classify, find_weights, in_words, printable, read_picture
+from common.command_line import Parser, exit_status
+from common.errors import UserError
+from common.files import RESULTS_DIR, replacing
+from common.text import printable
+from evaluation.finished_runs import require_classes
+from evaluation.images import SIDE, answer_text, answers, classify, find_weights, read_image
 from models import load_model
-from runs import replacing
-from settings import RESULTS_DIR, Parser, exit_status
-from utils import FINE_NAMES, UserError, to_float
+from utils import FINE_NAMES, to_float
 
-__all__ = ["classify", "find_weights", "read_picture"]  # for programs of one's own, as the README shows
-EXPORT_TOLERANCE = 1e-3  # of a logit: between float32 kernels that add in different orders
+__all__ = ["classify", "find_weights", "read_image"]  # for your own programs, as the README shows
+EXPORT_TOLERANCE = 1e-3  # of a logit: float32 kernels add in different orders
 
 
 def main(argv: list[str] | None = None) -> int:
     parser = Parser(prog="predict.py", description=__doc__)
-    parser.add_argument("pictures", nargs="*", type=Path, metavar="PICTURE", help="a picture, or a folder of them")
+    one_of = parser.add_mutually_exclusive_group(required=True)
+    one_of.add_argument("images", nargs="*", type=Path, metavar="IMAGE", default=[], help="an image, or a folder")
+    one_of.add_argument("--export", type=Path, metavar="FILE", help="write the network as ONNX, and do nothing else")
     parser.add_argument("--model", metavar="RUN", help="a run's name, published/NAME, or a weights file (default: the "
-                        "published one that is best on the test set)")
-    parser.add_argument("--json", action="store_true", help="print one JSON array, an object a file, errors included")
-    parser.add_argument("--export", type=Path, metavar="FILE", help="write the network as ONNX, and nothing else")
-    parser.add_argument("--results-dir", type=Path, default=RESULTS_DIR, metavar="FOLDER", help="folder of all runs")
+                        "published run that is best on the test set)")
+    parser.add_argument("--json", action="store_true", help="print a JSON array with one object per file, errors too")
+    parser.add_results_dir(default=RESULTS_DIR)
     options = parser.parse_args(argv)
-    if bool(options.pictures) == bool(options.export):
-        raise UserError("name pictures to classify, or a file with --export, but not both (see --help)")
     if options.export and options.json:
-        raise UserError("--export and --json are two different things: do one of them")
+        raise UserError("--json has no effect with --export")
+
     weights = find_weights(options.model, options.results_dir)
     model = load_model(weights)
-    if model.model_args["num_classes"] != len(FINE_NAMES):
-        raise UserError(f"{weights} does not tell CIFAR-100's {len(FINE_NAMES)} classes apart")
+    require_classes(model, len(FINE_NAMES), str(weights))
     if options.export:
         comparison = export(model, options.export)
-        print(f"{options.export} is the network of {os.path.relpath(weights)}; {comparison}")
+        print(f"exported {os.path.relpath(weights)} to {options.export}; {comparison}")
         return 0
-    return report(model, options.pictures, as_json=options.json, network=os.path.relpath(weights))
+    return report(model, options.images, as_json=options.json, name=os.path.relpath(weights))
 
 
-def report(model: nn.Module, paths: list[Path], *, as_json: bool, network: str) -> int:
-    """Print what each picture shows, and errors to stderr; returns the exit status."""
-    logging.getLogger("PIL").setLevel(logging.CRITICAL)  # it would add lines to the errors
+def report(model: nn.Module, paths: list[Path], *, as_json: bool, name: str) -> int:
+    """Print the predictions for each image, and errors to stderr; returns the exit status."""
+    logging.getLogger("PIL").setLevel(logging.CRITICAL)  # its warnings would add lines to the errors
     if not as_json:
-        print(f"the network of {network}")
-    told = []
+        print(f"model: {name}")
+    given = []
     for answer in answers(model, paths):
-        told.append(answer)
+        given.append(answer)
         if "error" in answer:
             print(f"error: {printable(answer['error'])}", file=sys.stderr)
         elif not as_json:
-            print(in_words(answer))
+            print(answer_text(answer))
     if as_json:
-        print(json.dumps(told, indent=2))
-    return int(any("error" in answer for answer in told))
+        print(json.dumps(given, indent=2))
+    return int(any("error" in answer for answer in given))
 
 
 def export(model: nn.Module, path: Path) -> str:
-    """Write the model as ONNX, a new file, and say how its logits compare with PyTorch's, where onnxruntime is there.
+    """Write the model to a new ONNX file, and return a comparison of its logits with PyTorch's.
 
-    The file's input `images`, float32 [N, 3, 32, 32] in [0, 1], and its output `logits`, float32 [N, 100], have any
-    N; its metadata names the `classes`, in order. Raises UserError if the file exists, if a package is missing, or if
-    the logits differ.
+    The file's input `images`, float32 [N, 3, 32, 32] in [0, 1], and its output `logits`, float32 [N, 100], accept any
+    N; its metadata lists the `classes` in order. Raises UserError if the file exists, if a package is missing, or if
+    the logits differ; without onnxruntime they are not compared.
     """
     if path.exists():
         raise UserError(f"{path} exists: choose another name, or delete it first")
     if not path.parent.is_dir():
-        raise UserError(f"there is no folder {path.parent} to write to")
+        raise UserError(f"cannot write {path}: there is no folder {path.parent}")
     try:
         import onnxscript  # noqa: F401 (PyTorch's exporter needs it, and it brings onnx)
     except ImportError:
@@ -92,11 +94,12 @@ def export(model: nn.Module, path: Path) -> str:
                         "pip install -r requirements-extra.txt") from None
     images = to_float(torch.randint(256, (7, 3, SIDE, SIDE), generator=torch.Generator().manual_seed(0)))
     with replacing(path) as partial, warnings.catch_warnings():
-        warnings.simplefilter("ignore")  # the exporter's, about its own insides
+        warnings.simplefilter("ignore")  # the exporter warns about its own internals
         program = torch.onnx.export(model, (images[:2],), dynamo=True, verbose=False, input_names=["images"],
                                     output_names=["logits"], dynamic_shapes=({0: "N"},))
+        assert program is not None  # dynamo=True returns a program
         for node in program.model.graph.all_nodes():
-            node.metadata_props.clear()  # where in this machine's folders it came from
+            node.metadata_props.clear()  # they name folders of this machine
         program.model.metadata_props["classes"] = " ".join(FINE_NAMES)
         program.save(partial, external_data=False)
         try:
@@ -108,8 +111,8 @@ def export(model: nn.Module, path: Path) -> str:
         with torch.inference_mode():
             difference = float(np.abs(exported - model(images).numpy()).max())
         if not difference <= EXPORT_TOLERANCE:
-            raise UserError(f"the exported network's logits differ from PyTorch's by {difference:.2g}: not written")
-    return f"on {len(images)} pictures of noise onnxruntime's logits differ from PyTorch's by at most {difference:.1g}"
+            raise UserError(f"nothing exported: the logits in onnxruntime differ from PyTorch's by {difference:.2g}")
+    return f"on {len(images)} noise images, onnxruntime's logits differ from PyTorch's by at most {difference:.1g}"
 
 
 if __name__ == "__main__":

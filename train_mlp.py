@@ -1,62 +1,107 @@
-"""Train the multi-layer perceptron on CIFAR-100, or check that it can memorise one batch.
+"""Train the multi-layer perceptron on CIFAR-100, or check that it can memorize one batch.
 
-    python train_mlp.py --overfit-batch        # the single-batch check, under a minute on two CPU cores
-    python train_mlp.py                        # the recipe, on 45,000 pictures, measured on the other 5,000
-    python train_mlp.py --train-on-all --seeds 0,1,2    # the published runs, on all 50,000
-    python train_mlp.py --synthetic --epochs 3          # anywhere, at once: no data set, no network
+    python train_mlp.py --overfit-batch                 # the single-batch check: under a minute on two CPU cores
+    python train_mlp.py                                 # the recipe on 45,000 images, validated on the other 5,000
+    python train_mlp.py --train-on-all --seeds 0,1,2    # the published runs, on all 50,000 training images
+    python train_mlp.py --resume mlp-s0                 # continue an interrupted run from its last checkpoint
+    python train_mlp.py --synthetic --epochs 3          # anywhere, at once: no dataset, no network
 """
 
 import sys
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from typing import Any
 
 from torch import nn
 
-from engine import train_runs
+from common.command_line import exit_status
+from common.errors import UserError
 from models import create_model
-from overfit import LOSSES, overfit_batch
-from settings import Script, Settings, exit_status, parse_command_line, setting
-from utils import UserError
+from training.distributed import join_processes
+from training.flags import parse_command_line
+from training.hardware import choose_precision, prepare_device
+from training.loop import new_model, train
+from training.overfit import overfit_batch
+from training.run_folder import create_run, resume_run
+from training.settings import Script, Settings, setting
+from utils import load_cifar100
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Settings and recipe
+# ---------------------------------------------------------------------------------------------------------------------
 
 
 @dataclass(kw_only=True)
 class MLPSettings(Settings):
-    """What both scripts are told, and the arguments of `models.MLP`."""
+    """Settings of both scripts, plus the arguments of `models.MLP`."""
 
     widths: tuple[int, ...] = setting((2048, 1024, 512), "units of each hidden layer", low=1, high=65536)
-    side: int = setting(32, "average pictures down to so many pixels a side first", low=1, high=32)
-    dropout: float = setting(0.0, "share of hidden activations zeroed while training", low=0, high=0.99)
-    batch_norm: bool = setting(True, "batch normalisation before each activation")
+    side: int = setting(32, "average images down to N x N pixels first", low=1, high=32)
+    dropout: float = setting(0.0, "share of hidden activations zeroed in training", low=0, high=0.99)
+    batch_norm: bool = setting(True, "batch normalization before each activation")
 
     def __post_init__(self) -> None:
         super().__post_init__()
         if self.optimizer == "muon-sgd":
-            raise UserError("--optimizer muon-sgd is for networks with convolutions: this one has no filters")
+            raise UserError("--optimizer muon-sgd needs convolutions, and the MLP has none: use --optimizer muon")
 
 
-# Chosen on the validation split; the search is in docs/experiments.md.
-RECIPES = {
-    "mlp": dict(epochs=60, batch_size=2000, optimizer="muon", lr=0.03, other_lr=3e-3, warmup=0.1, schedule="linear",
-                label_smoothing=0.1, crop=4, mixup=0.8,
-                widths=(2048, 1024, 512), side=16, dropout=0.0, batch_norm=True),
+# Chosen on the validation set; the search is in docs/experiments.md.
+RECIPES: dict[str, dict[str, Any]] = {
+    "mlp": dict(
+        epochs=60, batch_size=2000,
+        optimizer="muon", lr=0.03, other_lr=3e-3, warmup=0.1, schedule="linear", label_smoothing=0.1,
+        crop=4, mixup=0.8,
+        widths=(2048, 1024, 512), side=16, dropout=0.0, batch_norm=True,
+    ),
 }
 
-# The unfinished original's settings; its widths are not known.
-OVERFIT = dict(epochs=1000, batch_size=64, optimizer="adam", lr=1e-4, weight_decay=0.0, warmup=0.0, schedule="constant",
-               label_smoothing=0.0, flip=False, crop=0, mixup=0.0, precision="float32",
-               widths=(512, 256, 128), side=32, dropout=0.0, batch_norm=False)
+# The settings of the unfinished original; its widths are unknown.
+OVERFIT: dict[str, Any] = dict(
+    epochs=1000, batch_size=64, optimizer="adam", lr=1e-4, weight_decay=0.0, warmup=0.0, schedule="constant",
+    label_smoothing=0.0, flip=False, crop=0, mixup=0.0, precision="float32",
+    widths=(512, 256, 128), side=32, dropout=0.0, batch_norm=False,
+)
 
 
 def build_model(settings: MLPSettings, num_outputs: int = 100) -> nn.Module:
+    """The network of `settings` with random weights."""
     return create_model("mlp", widths=settings.widths, side=settings.side, dropout=settings.dropout,
                         batch_norm=settings.batch_norm, num_classes=num_outputs)
 
 
 SCRIPT = Script("train_mlp.py", __doc__, MLPSettings, RECIPES, OVERFIT, build_model)
 
+# ---------------------------------------------------------------------------------------------------------------------
+# The run
+# ---------------------------------------------------------------------------------------------------------------------
+
 
 def main(argv: list[str] | None = None) -> int:
-    command = parse_command_line(SCRIPT, LOSSES, argv)
-    return overfit_batch(command) if command.overfit_batch else train_runs(command)
+    """A training from its command line to its result; returns the exit status."""
+    options = parse_command_line(SCRIPT, argv)
+    if options.overfit_batch:
+        return overfit_batch(SCRIPT, options)
+
+    with join_processes(options.settings.device) as processes:  # this one alone, unless torchrun started more
+        # A resumed run has the settings that it was started with.
+        resumed = resume_run(SCRIPT, options, processes) if options.resume else None
+        settings = resumed.settings if resumed else options.settings
+        processes.require_batch(settings.batch_size)
+        with processes.first_goes_ahead():  # it downloads the dataset if that is missing
+            train_split, val_split = load_cifar100(
+                settings.data_folder, train_on_all=settings.train_on_all, use_synthetic=settings.synthetic)
+
+        # One run per seed: fresh weights, a folder, a training, its result.
+        for seed in (settings.seed,) if resumed else options.seeds:
+            settings = prepare_device(replace(settings, seed=seed))
+            model = new_model(SCRIPT, settings, train_split)
+            settings = choose_precision(model, train_split, settings, processes)
+            with resumed or create_run(SCRIPT, options, settings, processes) as run:
+                if not run.finished:
+                    run.print_start(len(train_split))
+                    train(model, train_split, val_split, run, processes=processes, quiet=options.quiet)
+                run.print_result()
+    return 0
 
 
 if __name__ == "__main__":

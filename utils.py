@@ -1,9 +1,11 @@
 """CIFAR-100 in memory: the loader, its splits, and batches with augmentation.
 
-Specific to this project: pictures are always uint8 [N, 3, 32, 32] until a batch is made of them, and everything
-random here is a pure function of its arguments, never of a generator's hidden state.
+Specific to this project: images are uint8 [N, 3, 32, 32] until they are in a batch. Everything random is a function
+of its arguments, never of a generator's hidden state.
 
-The training scripts see `load_cifar100`, which never reads a test picture. `load_test_set` is for whoever reports.
+Training uses `load_cifar100`, which never reads a test image. Only evaluation uses `load_test_set`.
+
+    python utils.py        # check the training images in data/ or $CIFAR100_DIR; download the dataset if it is missing
 """
 
 import errno
@@ -20,11 +22,14 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
+from typing import Literal, overload
 
 import numpy as np
 import torch
 from torch import Tensor, nn
 
+from common.command_line import Parser, exit_status
+from common.errors import UserError
 from data import synthetic
 
 SUPERCLASSES = {
@@ -55,34 +60,28 @@ COARSE_OF_FINE = tuple(
     next(coarse for coarse, names in enumerate(SUPERCLASSES.values()) if fine in names.split()) for fine in FINE_NAMES
 )
 
-PICTURES = {"train": 50_000, "test": 10_000}
-CONTENT = {  # `content_digest` of the official files
+NUM_IMAGES = {"train": 50_000, "test": 10_000}
+CONTENT_DIGESTS = {  # of the official files; see `content_digest`
     "train": "3795f8f205d6d1651ff2659a6044dab3379c35c127403bd96cfde2757219935b",
     "test": "ab99a27592fed27c32d9aa446c668795bde7daaa76989b5bbf0e8835f5633a02",
 }
 RECORD_BYTES = 2 + 3 * 32 * 32  # coarse label, fine label, then the red, green and blue planes
 VAL_PER_CLASS = 50
+UNPACK_AGAIN = "delete it and unpack the official archive again"  # advice at the end of messages
 BINARY_FOLDER, PYTHON_FOLDER = "cifar-100-binary", "cifar-100-python"
-NETWORK_TIMEOUT = 30.0  # seconds without a byte before a download is given up
-
-
-class UserError(Exception):
-    """Something the user can put right: one line that says what is wrong, where, and what to do."""
-
-    def __init__(self, message: str) -> None:
-        super().__init__(" ".join(message.split()))
+NETWORK_TIMEOUT = 30.0  # seconds without a byte after which a download has failed
 
 
 # ---------------------------------------------------------------------------------------------------------------------
-# The data set
+# The dataset
 # ---------------------------------------------------------------------------------------------------------------------
 
 
 @dataclass(frozen=True)
 class Split:
-    """Pictures and their labels, all in memory.
+    """Images and their labels, all in memory.
 
-    images: uint8 [N, 3, 32, 32]; fine_labels and coarse_labels: int64 [N]; the names that the labels index.
+    images: uint8 [N, 3, 32, 32]; fine_labels and coarse_labels: int64 [N], indices into fine_names and coarse_names.
     """
 
     images: Tensor
@@ -96,11 +95,11 @@ class Split:
 
     @cached_property
     def hashes(self) -> np.ndarray:
-        """`picture_hashes` of the images, uint64 [N], computed once."""
-        return picture_hashes(self.images)
+        """`image_hashes` of the images, uint64 [N], computed once."""
+        return image_hashes(self.images)
 
     def __getitem__(self, index: Tensor) -> "Split":
-        """The pictures that `index`, a boolean mask or int64 positions, picks."""
+        """The images at `index`: a mask, bool [N], or positions, int64 [M]."""
         return Split(self.images[index], self.fine_labels[index], self.coarse_labels[index],
                      self.fine_names, self.coarse_names)
 
@@ -110,17 +109,27 @@ class Split:
 
 
 def default_data_dir() -> str:
-    """Where the data set is looked for unless told otherwise: $CIFAR100_DIR, else the folder `data/` here."""
+    """The default folder of the dataset: $CIFAR100_DIR, else data/ in this repository."""
     return os.environ.get("CIFAR100_DIR") or str(Path(__file__).resolve().parent / "data")
+
+
+@overload
+def load_cifar100(data_dir: str | Path, *, train_on_all: Literal[False] = False, use_synthetic: bool = False
+                  ) -> tuple[Split, Split]: ...
+
+
+@overload
+def load_cifar100(data_dir: str | Path, *, train_on_all: bool, use_synthetic: bool = False
+                  ) -> tuple[Split, Split | None]: ...
 
 
 def load_cifar100(
     data_dir: str | Path, *, train_on_all: bool = False, use_synthetic: bool = False
 ) -> tuple[Split, Split | None]:
-    """The training pictures as (train, val): 45,000 and 5,000; with `train_on_all` (all 50,000, None).
+    """Load the training images as (train, val): 45,000 and 5,000, or all 50,000 and None with `train_on_all`.
 
-    Looks in `data_dir` for the official binary version, then for the python version, and else downloads the latter.
-    Raises UserError for anything wrong with the files, the folder or the network.
+    Looks in `data_dir` for the official binary version, then for the python version, and downloads the latter if there
+    is neither. Raises UserError if the files are damaged, the folder cannot be used, or the download fails.
     """
     if use_synthetic:
         train, val = _synthetic_split("train"), _synthetic_split("val")
@@ -133,31 +142,31 @@ def load_cifar100(
 
 
 def load_test_set(data_dir: str | Path, *, use_synthetic: bool = False) -> Split:
-    """The 10,000 test pictures: read to report a finished run, never to choose anything."""
+    """Load the 10,000 test images, which measure finished runs and never choose anything."""
     return _synthetic_split("test") if use_synthetic else _load_official(Path(data_dir), "test")
 
 
-def picture_hashes(images: Tensor) -> np.ndarray:
-    """Name pictures by their content: uint8 [N, 3, 32, 32] -> uint64 [N].
+def image_hashes(images: Tensor) -> np.ndarray:
+    """Hash images by their content: uint8 [N, 3, 32, 32] -> uint64 [N].
 
-    A hash is the first 8 bytes, little-endian, of the SHA-256 of a picture's 3,072 channel-first bytes. SHA-256 takes
-    one picture at a time; all 50,000 take a fifth of a second, once.
+    A hash is the first 8 bytes, little-endian, of the SHA-256 of an image's 3,072 channel-first bytes. Hashing all
+    50,000 takes a fifth of a second.
     """
     rows = images.flatten(1).contiguous().cpu().numpy()
     return np.array([int.from_bytes(hashlib.sha256(row).digest()[:8], "little") for row in rows], dtype=np.uint64)
 
 
 def content_digest(split: Split) -> str:
-    """A SHA-256 of all pictures and their fine labels, as hexadecimal digits: the same in whatever order they are."""
+    """The SHA-256, in hexadecimal, of all images and their fine labels, whatever their order."""
     labels = split.fine_labels.numpy().astype(np.uint8)
-    order = np.lexsort((labels, split.hashes))  # of pictures that are there twice, the labels decide
+    order = np.lexsort((labels, split.hashes))  # for equal images, the labels decide
     return hashlib.sha256(split.hashes[order].astype("<u8").tobytes() + labels[order].tobytes()).hexdigest()
 
 
 def validation_mask(split: Split, per_class: int = VAL_PER_CLASS) -> Tensor:
-    """Which training pictures are held out, bool [N]: of every fine class the `per_class` with the smallest hashes.
+    """A mask of the validation images, bool [N]: the `per_class` images of each fine class with the smallest hashes.
 
-    The choice depends on the pictures alone: not on a seed, nor on the distribution of the files or their order.
+    The choice depends on the images alone, not on a seed, a file format or the order of the images.
     """
     fine = split.fine_labels.numpy()
     by_class_then_hash = np.lexsort((split.hashes, fine)).reshape(len(split.fine_names), -1)
@@ -178,28 +187,28 @@ def _concatenate(a: Split, b: Split) -> Split:
 
 
 def _load_official(data_dir: Path, part: str) -> Split:
-    """`part` ("train" or "test") of the real data set, from the first place that has it."""
+    """Load `part` ("train" or "test") of CIFAR-100 from the first place that has it, or download it."""
     try:
         data_dir.mkdir(parents=True, exist_ok=True)
         binary = data_dir / BINARY_FOLDER / f"{part}.bin"
         if _is_there(binary):
-            return _checked(*_read_binary(binary, PICTURES[part]), part, binary)
+            return _checked(*_read_binary(binary, NUM_IMAGES[part]), part, binary)
         if not _is_there(data_dir / PYTHON_FOLDER):
             with tempfile.TemporaryDirectory(prefix=".download-", dir=data_dir) as folder:
-                _download(Path(folder))  # there first, so that no half of it is ever trusted
+                _download(Path(folder))  # moved only when complete
                 try:
                     os.replace(Path(folder) / PYTHON_FOLDER, data_dir / PYTHON_FOLDER)
                 except OSError as error:
-                    if error.errno not in (errno.EEXIST, errno.ENOTEMPTY):  # another process was faster
+                    if error.errno not in (errno.EEXIST, errno.ENOTEMPTY):  # another process has put it there
                         raise
         return _checked(*_read_python(data_dir, part), part, data_dir / PYTHON_FOLDER)
     except OSError as error:
-        raise UserError(f"cannot use the data folder {data_dir}: {error.strerror or error}; "
-                        "name a folder that can be read and written with --data-dir or $CIFAR100_DIR") from error
+        raise UserError(f"cannot use the data folder {data_dir} ({error.strerror or error}): "
+                        "name another one with --data-dir or $CIFAR100_DIR") from error
 
 
 def _is_there(path: Path) -> bool:
-    """Like `Path.exists`, which in newer Pythons takes a folder that may not be read for an empty one."""
+    """Like `Path.exists`, but raises OSError if the folder may not be read; newer Pythons return False then."""
     try:
         path.stat()
     except FileNotFoundError:
@@ -207,51 +216,53 @@ def _is_there(path: Path) -> bool:
     return True
 
 
-def _read_binary(path: Path, pictures: int) -> tuple[Tensor, Tensor, Tensor]:
-    expected, size = pictures * RECORD_BYTES, path.stat().st_size
+def _read_binary(path: Path, count: int) -> tuple[Tensor, Tensor, Tensor]:
+    """Images, uint8 [count, 3, 32, 32], fine labels and coarse labels, int64 [count], of the binary version."""
+    expected, size = count * RECORD_BYTES, path.stat().st_size
     if size != expected:
-        raise UserError(f"{path} has {size:,} bytes instead of {expected:,}: it is incomplete or something else; "
-                        "delete it and unpack the official archive again")
-    records = np.fromfile(path, dtype=np.uint8).reshape(pictures, RECORD_BYTES)
-    images = torch.from_numpy(records[:, 2:].reshape(pictures, 3, 32, 32))
+        raise UserError(f"{path} has {size:,} bytes instead of {expected:,}: {UNPACK_AGAIN}")
+    records = np.fromfile(path, dtype=np.uint8).reshape(count, RECORD_BYTES)
+    images = torch.from_numpy(records[:, 2:].reshape(count, 3, 32, 32))
     coarse_labels, fine_labels = torch.from_numpy(records[:, :2].astype(np.int64).T.copy())
     return images.contiguous(), fine_labels, coarse_labels
 
 
 def _read_python(data_dir: Path, part: str) -> tuple[Tensor, Tensor, Tensor]:
+    """The same three tensors, from the python version."""
     from torchvision.datasets import CIFAR100  # here, because importing torchvision takes a second
 
     try:
         official = CIFAR100(str(data_dir), train=part == "train")
-    except RuntimeError as error:  # torchvision has compared each file's MD5 before unpickling it
-        raise UserError(f"{data_dir / PYTHON_FOLDER} is incomplete or damaged (its MD5 sums do not match); "
-                        "delete that folder and start again") from error
+    except RuntimeError as error:  # torchvision compares each file's MD5 before unpickling it
+        raise UserError(f"{data_dir / PYTHON_FOLDER} is incomplete or damaged (its MD5 sums do not match): "
+                        "delete that folder and try again") from error
     images = torch.from_numpy(official.data.transpose(0, 3, 1, 2)).contiguous()
     fine_labels = torch.tensor(official.targets)
     return images, fine_labels, torch.tensor(COARSE_OF_FINE)[fine_labels.clamp(0, len(FINE_NAMES) - 1)]
 
 
 def _checked(images: Tensor, fine_labels: Tensor, coarse_labels: Tensor, part: str, source: Path) -> Split:
-    """A Split of these tensors, if they are what the data set's authors describe."""
-    advice = "it is not the official CIFAR-100; delete it and unpack the official archive again"
+    """The Split of these tensors. Raises UserError unless they are the official ones, in any order."""
     for kind, labels, names in (("fine", fine_labels, FINE_NAMES), ("coarse", coarse_labels, COARSE_NAMES)):
         if int(labels.max()) >= len(names):
-            raise UserError(f"{source} has the {kind} label {int(labels.max())}, above {len(names) - 1}: {advice}")
-    per_class, counts = PICTURES[part] // len(FINE_NAMES), torch.bincount(fine_labels, minlength=len(FINE_NAMES))
+            raise UserError(f"{source} has the {kind} label {int(labels.max())}, above {len(names) - 1}: "
+                            f"{UNPACK_AGAIN}")
+    per_class = NUM_IMAGES[part] // len(FINE_NAMES)
+    counts = torch.bincount(fine_labels, minlength=len(FINE_NAMES))
     if (counts != per_class).any():
         worst = int((counts - per_class).abs().argmax())
-        raise UserError(f"{source} has {int(counts[worst])} pictures of the class {FINE_NAMES[worst]} "
-                        f"instead of {per_class}: {advice}")
+        raise UserError(f"{source} has {int(counts[worst])} images of the class {FINE_NAMES[worst]} "
+                        f"instead of {per_class}: {UNPACK_AGAIN}")
     if (torch.tensor(COARSE_OF_FINE)[fine_labels] != coarse_labels).any():
-        raise UserError(f"{source} puts some fine classes into the wrong superclass: {advice}")
+        raise UserError(f"{source} has fine labels with the wrong superclass: {UNPACK_AGAIN}")
     split = Split(images, fine_labels, coarse_labels)
-    if content_digest(split) != CONTENT[part]:
-        raise UserError(f"{source} has pictures or labels that are not the official ones: {advice}")
+    if content_digest(split) != CONTENT_DIGESTS[part]:
+        raise UserError(f"{source} has images or labels that are not the official ones: {UNPACK_AGAIN}")
     return split
 
 
 def _download(folder: Path) -> None:
-    """Fetch the python version into `folder`, through torchvision, with a progress bar."""
+    """Download the python version into `folder`, with torchvision and its progress bar."""
     from torchvision.datasets import CIFAR100
 
     print(f"CIFAR-100 is not in {folder.parent}: downloading it (169 MB) from {CIFAR100.url}", flush=True)
@@ -260,12 +271,13 @@ def _download(folder: Path) -> None:
             CIFAR100(str(folder), download=True)
     except (OSError, RuntimeError, EOFError, tarfile.TarError, http.client.HTTPException) as error:
         reason = getattr(error, "reason", None) or getattr(error, "strerror", None) or error
-        raise UserError(f"cannot download CIFAR-100 into {folder.parent} ({reason}): connect to a network, or put the "
-                        "data set there as data/README.md says, or train with --synthetic") from error
+        raise UserError(f"cannot download CIFAR-100 into {folder.parent} ({reason}): check the network, put the files "
+                        "there yourself (see data/README.md), or train with --synthetic") from error
 
 
 @contextmanager
 def _network_timeout() -> Iterator[None]:
+    """Let every connection that the block opens fail after NETWORK_TIMEOUT."""
     before = socket.getdefaulttimeout()
     socket.setdefaulttimeout(NETWORK_TIMEOUT)
     try:
@@ -281,62 +293,61 @@ def _network_timeout() -> Iterator[None]:
 
 @dataclass(frozen=True)
 class Augmentation:
-    """What happens to a training batch: a random horizontal flip, a random crop out of the picture reflected at its
-    edges by up to `crop` pixels, and a square of `cutout` pixels (DeVries and Taylor 2017, arXiv 1708.04552) filled
-    with the mean colour; then brightness and contrast changed by up to the share `jitter`. 0 or False turns one off.
+    """Augmentation of a training batch; by default, none.
 
-    alternate: a picture is flipped in every second epoch instead of at random (Jordan 2024, arXiv 2404.00498).
+    flip: mirror images left to right at random; alternate: flip each image in every other epoch instead (Jordan 2024,
+    arXiv 2404.00498); crop: shift by up to `crop` pixels, reflected at the edges; jitter: change brightness and
+    contrast by up to this fraction.
     """
 
     flip: bool = False
     alternate: bool = False
     crop: int = 0
-    cutout: int = 0
     jitter: float = 0.0
 
 
 def derived_seed(*key: int | str) -> int:
-    """A seed that depends on all of `key` (say "augment", seed, epoch, step) and on nothing else."""
+    """A seed that depends only on `key`, for example ("augment", seed, epoch, step)."""
     return int.from_bytes(hashlib.blake2b(repr(key).encode(), digest_size=7).digest(), "little")
 
 
 def generator_for(*key: int | str) -> torch.Generator:
-    """A CPU generator seeded by `derived_seed`: on every device the same numbers, since they are drawn on the CPU."""
+    """A generator with this `derived_seed`. It is on the CPU, so that every device gets the same numbers."""
     return torch.Generator().manual_seed(derived_seed(*key))
 
 
-def steps_per_epoch(pictures: int, batch_size: int) -> int:
-    return math.ceil(pictures / batch_size)
+def steps_per_epoch(num_images: int, batch_size: int) -> int:
+    return math.ceil(num_images / batch_size)
 
 
 def batches(
     split: Split, batch_size: int, augmentation: Augmentation, *, seed: int, epoch: int, first_step: int = 0
 ) -> Iterator[tuple[Tensor, Tensor]]:
-    """One epoch in a random order, from step `first_step` on, on the device that `split` is on.
+    """The batches of one epoch in random order, from step `first_step` on, on the split's device.
 
-    Yields images, float32 [B, 3, 32, 32] in [0, 1] (beyond it with jitter), and fine labels, int64 [B]. Every picture
-    comes once; the batches differ by at most one picture and are never larger than `batch_size`. Step k is the same
-    however often and wherever it is asked for.
+    Yields images, float32 [B, 3, 32, 32] in [0, 1] (or slightly outside it with jitter), and fine labels, int64 [B].
+    Each image comes once. The sizes of batches differ by at most one and never exceed `batch_size`. A step's batch
+    depends only on the arguments and the step, so an interrupted epoch can be resumed at any step.
     """
     order = torch.randperm(len(split), generator=generator_for("order", seed, epoch))
-    turn = torch.randint(2, (len(split),), generator=generator_for("flip", seed)) == epoch % 2  # if they alternate
-    fill = split.images[:1000].float().mean((0, 2, 3)).to(torch.uint8)  # the mean colour, near enough
+    alternating = torch.randint(2, (len(split),), generator=generator_for("flip", seed)) == epoch % 2
     for step, index in enumerate(order.tensor_split(steps_per_epoch(len(split), batch_size))):
-        if step >= first_step:
-            generator = generator_for("augment", seed, epoch, step)
-            turned = turn[index].to(split.images.device) if augmentation.flip and augmentation.alternate else None
-            index = index.to(split.images.device)
-            images = to_float(augment(split.images[index], augmentation, generator, fill, turned))
-            yield jitter(images, augmentation.jitter, generator), split.fine_labels[index]
+        if step < first_step:
+            continue
+        generator = generator_for("augment", seed, epoch, step)
+        flipped = alternating[index].to(split.images.device) if augmentation.alternate else None
+        index = index.to(split.images.device)
+        images = to_float(augment(split.images[index], augmentation, generator, flipped))
+        yield jitter(images, augmentation.jitter, generator), split.fine_labels[index]
 
 
 def to_float(images: Tensor) -> Tensor:
-    """uint8 [N, 3, H, W] -> float32 in [0, 1], what every model's `forward` takes."""
+    """uint8 [N, 3, H, W] -> float32 [N, 3, H, W] in [0, 1], the input of every model."""
     return images.float().div_(255)
 
 
 def jitter(images: Tensor, strength: float, generator: torch.Generator) -> Tensor:
-    """Change each picture's contrast by a factor and its brightness by a summand, both off by up to `strength`."""
+    """Change each image's brightness and contrast at random by up to `strength`; images: float32 [B, 3, H, W]."""
     if not strength:
         return images
     drawn = torch.rand(2, len(images), 1, 1, 1, generator=generator).to(images.device)
@@ -345,11 +356,11 @@ def jitter(images: Tensor, strength: float, generator: torch.Generator) -> Tenso
 
 
 def augment(
-    images: Tensor, augmentation: Augmentation, generator: torch.Generator, fill: Tensor, turned: Tensor | None = None
+    images: Tensor, augmentation: Augmentation, generator: torch.Generator, flipped: Tensor | None = None
 ) -> Tensor:
-    """Augment a batch, uint8 [B, C, H, W], on its device, but for jitter, which is for floats.
+    """Shift and flip a batch, uint8 [B, C, H, W], on its device. `jitter` follows, since it needs floats.
 
-    fill: uint8 [C], the colour of what is cut out; turned: bool [B], which to flip instead of random ones.
+    flipped: bool [B], the images to flip instead of random ones.
     """
     batch, _, height, width = images.shape
     device = images.device
@@ -363,30 +374,24 @@ def augment(
         rows = _reflect(rows + draw(-augmentation.crop, augmentation.crop), height)
         columns = _reflect(columns + draw(-augmentation.crop, augmentation.crop), width)
     if augmentation.flip:
-        columns = torch.where(draw(0, 1) == 1 if turned is None else turned[:, None], columns.flip(1), columns)
+        mirrored = draw(0, 1) == 1 if flipped is None else flipped[:, None]
+        columns = torch.where(mirrored, columns.flip(1), columns)
     if augmentation.crop or augmentation.flip:
         images = images.gather(2, rows[:, None, :, None].expand_as(images))
         images = images.gather(3, columns[:, None, None, :].expand_as(images))
-    if augmentation.cutout:
-        side = augmentation.cutout
-        below = torch.arange(height, device=device) - (draw(0, height - side % 2) - side // 2)
-        right = torch.arange(width, device=device) - (draw(0, width - side % 2) - side // 2)
-        in_rows, in_columns = (below >= 0) & (below < side), (right >= 0) & (right < side)
-        square = in_rows[:, None, :, None] & in_columns[:, None, None, :]
-        images = torch.where(square, fill.view(1, -1, 1, 1), images)
     return images
 
 
 def _reflect(index: Tensor, size: int) -> Tensor:
-    """Fold positions outside [0, size) back at the edges, which are not repeated: -1 -> 1, size -> size - 2."""
+    """Reflect positions outside [0, size) at the edges, without repeating these: -1 -> 1, size -> size - 2."""
     return (size - 1) - ((size - 1) - index.abs()).abs()
 
 
 @torch.inference_mode()
 def compute_logits(model: nn.Module, images: Tensor, batch_size: int = 1000) -> Tensor:
-    """The model's logits, float32 [N, 100] on the CPU, for uint8 images [N, 3, 32, 32]: in evaluation mode, in float32.
+    """The model's logits, float32 [N, num_classes] on the CPU, for images, uint8 [N, 3, 32, 32].
 
-    Leaves the model in the mode (training or evaluation) it was in.
+    They are computed in evaluation mode and float32; afterwards the model is in its previous mode.
     """
     was_training, device = model.training, next(model.parameters()).device
     model.eval()
@@ -395,14 +400,14 @@ def compute_logits(model: nn.Module, images: Tensor, batch_size: int = 1000) -> 
     return logits
 
 
-def _main() -> None:
-    train, val = load_cifar100(default_data_dir())
-    print(f"CIFAR-100 is in {default_data_dir()}: {len(train):,} pictures to train on, {len(val):,} held out")
+def main(argv: list[str] | None = None) -> int:
+    parser = Parser(prog="utils.py", description=__doc__)
+    parser.add_data_dir()
+    data_dir = parser.parse_args(argv).data_dir or default_data_dir()
+    train, _ = load_cifar100(data_dir, train_on_all=True)
+    print(f"CIFAR-100 is in {data_dir}: its {len(train):,} training images are complete and unchanged")
+    return 0
 
 
-if __name__ == "__main__":  # fetch the data set, or check what is there
-    try:
-        _main()
-    except UserError as problem:
-        print(f"error: {problem}", file=sys.stderr)
-        sys.exit(2)
+if __name__ == "__main__":
+    sys.exit(exit_status(main))

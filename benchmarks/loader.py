@@ -1,11 +1,11 @@
-"""How fast training pictures come: `utils.batches` beside torchvision's usual pipeline, on this machine.
+"""Speed of loading training images: `utils.batches` against torchvision's usual pipeline, on this machine.
 
-    python benchmarks/loader.py                 # on CIFAR-100
-    python benchmarks/loader.py --synthetic     # anywhere
+    python -m benchmarks.loader                 # on CIFAR-100
+    python -m benchmarks.loader --synthetic     # anywhere
 
-Both deliver normalised float32 batches with the same random flip and crop. Ours draws them for a whole batch at once
-with PyTorch's threads; the usual pipeline draws them picture by picture, on PIL images, in two worker processes. They
-take turns over several rounds and the median counts. Exits 1 if ours is not five times as fast.
+Both deliver normalized float32 batches with the same random flip and crop. Ours augments a whole batch at once with
+PyTorch's threads; the usual pipeline augments PIL images one by one, in two worker processes. They take turns over
+several rounds and the median counts. Exits with 1 if ours is not at least five times as fast.
 """
 
 import itertools
@@ -14,7 +14,6 @@ import statistics
 import sys
 import time
 from collections.abc import Callable, Iterator
-from pathlib import Path
 
 import torch
 from PIL import Image
@@ -22,21 +21,20 @@ from torch import Tensor
 from torch.utils.data import DataLoader, Dataset, RandomSampler
 from torchvision import transforms
 
-sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # a script's own folder is there, the project's is not
-
-from settings import Parser, exit_status
-from utils import PICTURES, Augmentation, Split, UserError, batches, default_data_dir, load_cifar100, to_float
+from common.command_line import Parser, exit_status
+from common.errors import UserError
+from utils import NUM_IMAGES, Augmentation, Split, batches, default_data_dir, load_cifar100, to_float
 
 WORKERS = 2
 ROUNDS = 5
-WARM_UP = 8  # batches; the workers have up to 4 ready before anyone asks for one
+WARM_UP = 8  # batches; the workers prepare up to 4 before the first one is requested
 REQUIRED_RATIO = 5.0
 
 Batches = Iterator[tuple[Tensor, Tensor]]
 
 
-class Pictures(Dataset):
-    """A split as torchvision serves it: one PIL image at a time, transformed, with its fine label."""
+class Images(Dataset):
+    """A split in torchvision's style: one PIL image at a time, transformed, with its fine label."""
 
     def __init__(self, split: Split, transform: Callable[[Image.Image], Tensor]) -> None:
         self.images = split.images.permute(0, 2, 3, 1).contiguous().numpy()
@@ -51,7 +49,7 @@ class Pictures(Dataset):
 
 
 def our_batches(split: Split, batch_size: int, augmentation: Augmentation, mean: Tensor, std: Tensor) -> Batches:
-    """Epoch after epoch of `utils.batches`, normalised as the models do it."""
+    """Endless epochs of `utils.batches`, normalized as in the models."""
     mean, std = mean.view(3, 1, 1), std.view(3, 1, 1)
     for epoch in itertools.count():
         for images, labels in batches(split, batch_size, augmentation, seed=0, epoch=epoch):
@@ -59,15 +57,15 @@ def our_batches(split: Split, batch_size: int, augmentation: Augmentation, mean:
 
 
 def torchvision_batches(split: Split, batch_size: int, mean: Tensor, std: Tensor) -> Batches:
-    """The usual pipeline; one iterator goes through very many epochs, so that no pause between them is measured."""
-    pictures = Pictures(split, transforms.Compose([
+    """The usual pipeline, as one iterator over many epochs, so that pauses between epochs are not measured."""
+    images = Images(split, transforms.Compose([
         transforms.RandomCrop(32, padding=4, padding_mode="reflect"),
         transforms.RandomHorizontalFlip(),
         transforms.ToTensor(),
         transforms.Normalize(mean.tolist(), std.tolist()),
     ]))
-    order = RandomSampler(pictures, num_samples=10_000 * len(pictures))
-    yield from DataLoader(pictures, batch_size, sampler=order, num_workers=WORKERS)
+    order = RandomSampler(images, num_samples=10_000 * len(images))
+    yield from DataLoader(images, batch_size, sampler=order, num_workers=WORKERS)
 
 
 def images_per_second(source: Batches, seconds: float) -> float:
@@ -81,7 +79,10 @@ def images_per_second(source: Batches, seconds: float) -> float:
 
 
 def median_speeds(sources: dict[str, Callable[[], Batches]], seconds: float) -> dict[str, float]:
-    """Images per second of each source, each measured for `seconds` in all, in turns: the machine's moods hit all."""
+    """Images per second of each source: the median of rounds that take `seconds` in total.
+
+    The sources take turns, so that machine noise affects all of them.
+    """
     speeds: dict[str, list[float]] = {name: [] for name in sources}
     for _ in range(ROUNDS):
         for name, start in sources.items():
@@ -90,24 +91,25 @@ def median_speeds(sources: dict[str, Callable[[], Batches]], seconds: float) -> 
 
 
 def main(argv: list[str] | None = None) -> int:
-    parser = Parser(description=__doc__)
-    parser.add_argument("--seconds", type=float, default=10, help="how long to measure each (default: 10)")
-    parser.add_argument("--batch-size", type=int, default=500, help="pictures a batch (default: 500)")
-    parser.add_argument("--synthetic", action="store_true", help="use procedurally drawn pictures")
+    parser = Parser(prog="python -m benchmarks.loader", description=__doc__)
+    parser.add_argument("--seconds", type=float, default=10, metavar="X", help="seconds per source (default: 10)")
+    parser.add_argument("--batch-size", type=int, default=500, metavar="N", help="images per batch (default: 500)")
+    parser.add_data_dir()
+    parser.add_synthetic()
     options = parser.parse_args(argv)
     if not (math.isfinite(options.seconds) and options.seconds > 0):
         raise UserError(f"--seconds must be a finite number above 0, not {options.seconds:g}")
-    if not 1 <= options.batch_size <= PICTURES["train"]:
-        raise UserError(f"--batch-size must be 1 to {PICTURES['train']}, not {options.batch_size}")
+    if not 1 <= options.batch_size <= NUM_IMAGES["train"]:
+        raise UserError(f"--batch-size must be 1 to {NUM_IMAGES['train']}, not {options.batch_size}")
 
-    split, _ = load_cifar100(default_data_dir(), use_synthetic=options.synthetic)
+    split, _ = load_cifar100(options.data_dir or default_data_dir(), use_synthetic=options.synthetic)
     std, mean = torch.std_mean(to_float(split.images[:10_000]), dim=(0, 2, 3))
-    size, usual, fair = options.batch_size, "torchvision, flip + crop 4", "`utils.batches`, flip + crop 4"
+    size, usual, ours = options.batch_size, "torchvision, flip + crop 4", "`utils.batches`, flip + crop 4"
     speeds = median_speeds({
         usual: lambda: torchvision_batches(split, size, mean, std),
-        fair: lambda: our_batches(split, size, Augmentation(flip=True, crop=4), mean, std),
-        "`utils.batches`, flip + crop 4 + cutout 8":
-            lambda: our_batches(split, size, Augmentation(flip=True, crop=4, cutout=8), mean, std),
+        ours: lambda: our_batches(split, size, Augmentation(flip=True, crop=4), mean, std),
+        "`utils.batches`, flip + crop 4 + jitter 0.2":
+            lambda: our_batches(split, size, Augmentation(flip=True, crop=4, jitter=0.2), mean, std),
     }, options.seconds)
 
     print(f"Batches of {size}; {torch.get_num_threads()} PyTorch threads against {WORKERS} worker processes; "
@@ -115,7 +117,7 @@ def main(argv: list[str] | None = None) -> int:
     print("| source of batches | images/s | ratio |\n|---|---:|---:|")
     for name, speed in speeds.items():
         print(f"| {name} | {speed:,.0f} | {speed / speeds[usual]:.1f} |")
-    if speeds[fair] < REQUIRED_RATIO * speeds[usual]:
+    if speeds[ours] < REQUIRED_RATIO * speeds[usual]:
         print(f"\nbelow the required ratio of {REQUIRED_RATIO:g}", file=sys.stderr)
         return 1
     return 0

@@ -1,32 +1,32 @@
-"""What was it that ended at 4.2935 and oscillated every 150 epochs? The single-batch check under other conditions.
+"""The single-batch check under other conditions: which loss ends at 4.2935 and oscillates every 150 steps?
 
-    python benchmarks/overfit_riddle.py            # a few minutes on two CPU cores; prints a Markdown table
+    python -m benchmarks.overfit_riddle            # a few minutes on two CPU cores; prints a Markdown table
 
-One thing at a time is changed from the original's settings (Adam, 1e-4, batch 64, 1000 epochs): the loss, how the
-pictures enter (normalised; in [0, 1], as torchvision's ToTensor gives them; in 0 to 255), the optimizer and its rate,
-the widths, the seed. A spike is a stretch in which the loss is above three times its median over the 50 epochs before
-it; spikes are counted in the second half.
+We change one thing at a time from the original's settings (Adam, 1e-4, batch 64, 1000 steps): the loss, the range of
+the inputs (normalized; in [0, 1], as from torchvision's ToTensor; 0 to 255), the optimizer and its learning rate, the
+widths, the seed. A spike is a stretch in which the loss is above three times its median over the 50 steps before it.
+Spikes are counted in the second half.
 """
 
 import sys
-from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
 
-sys.path.insert(0, str(Path(__file__).resolve().parent.parent))  # the project's modules are one folder up
-
-from engine import INPUT_SAMPLE
-from hardware import prepare_device
-from overfit import LOSSES, READINGS, memorise
-from settings import Parser, exit_status, show
+from common.command_line import Parser, exit_status
 from train_mlp import SCRIPT
+from training.hardware import prepare_device
+from training.loop import INPUT_SAMPLE
+from training.losses import LOSSES
+from training.overfit import memorize
+from training.settings import show
 from utils import Augmentation, Split, batches, default_data_dir, derived_seed, load_cifar100, to_float
 
-SCALES = {"normalised": 1.0, "[0, 1]": 1.0, "0 to 255": 255.0}
-ORIGINAL = {"inputs": "[0, 1]", "optimizer": "adam", "lr": 1e-4, "widths": (512, 256, 128), "seed": 0}
+SCALES = {"normalized": 1.0, "[0, 1]": 1.0, "0 to 255": 255.0}
+ORIGINAL: dict[str, Any] = {"inputs": "[0, 1]", "optimizer": "adam", "lr": 1e-4, "widths": (512, 256, 128), "seed": 0}
 SUSPECTS = ("mse-index", "softmax-twice")
-CASES = [
+CASES: list[dict[str, Any]] = [
     *({**ORIGINAL, "loss": loss, "inputs": inputs} for inputs in SCALES for loss in LOSSES),
     *({**ORIGINAL, "loss": loss, "optimizer": optimizer, "lr": lr} for loss in ("cross-entropy", *SUSPECTS)
       for optimizer, lr in (("adam", 1e-5), ("adam", 1e-3), ("sgd", 1e-4), ("sgd", 1e-2))),
@@ -47,28 +47,29 @@ def spikes(curve: np.ndarray) -> list[int]:
 def row(split: Split, loss: str, inputs: str, optimizer: str, lr: float, widths: tuple[int, ...], seed: int) -> str:
     """One case as a row of the table."""
     changes = {**SCRIPT.overfit, "optimizer": optimizer, "lr": lr, "widths": widths, "seed": seed}
-    settings, reading = prepare_device(SCRIPT.recipe_settings("mlp", **changes, device="cpu")), READINGS[loss]
+    settings = prepare_device(SCRIPT.recipe_settings("mlp", **changes, device="cpu"))
     images, labels = next(batches(split, settings.batch_size, Augmentation(), seed=seed, epoch=0))
     torch.manual_seed(derived_seed("init", seed))
-    model = SCRIPT.build_model(settings, reading.num_outputs)
-    if inputs == "normalised":  # else the model's normalisation stays what it is before it is fitted: none
+    model: Any = SCRIPT.build_model(settings, LOSSES[loss].num_outputs)
+    if inputs == "normalized":  # until it is fitted, the model's normalization does nothing
         model.fit_inputs(to_float(split.images[:INPUT_SAMPLE]))
-    outcome = memorise(model, images * SCALES[inputs], labels, reading, settings, quiet=True)
+    outcome = memorize(model, images * SCALES[inputs], labels, LOSSES[loss], settings, quiet=True)
     curve = np.array(outcome.curve)
     late = curve[len(curve) // 2:]
     begins = [step for step in spikes(curve) if step >= len(curve) // 2] if np.isfinite(curve).all() else []
     gap = f"{np.diff(begins).mean():.0f}" if len(begins) > 1 else "–"
     losses = " | ".join(f"{value:.4g}" for value in (curve[-1], curve.min(), late.max()))
     return (f"| {loss} | {inputs} | {optimizer} {lr:g} | {show(widths).replace(',', '-')} | {seed} | {losses} "
-            f"| {len(begins)} | {gap} | {outcome.memorised} |")
+            f"| {len(begins)} | {gap} | {outcome.memorized} |")
 
 
 def main(argv: list[str] | None = None) -> int:
-    parser = Parser(prog="benchmarks/overfit_riddle.py", description=__doc__)
-    parser.add_argument("--data-dir", default=default_data_dir(), metavar="FOLDER", help="folder of the data set")
-    split, _ = load_cifar100(parser.parse_args(argv).data_dir)
-    print("| loss | inputs | optimizer | widths | seed | last | lowest | highest in the second half | spikes there "
-          "| epochs between them | memorised of 64 |\n|---|---|---|---|---:|---:|---:|---:|---:|---:|---:|", flush=True)
+    parser = Parser(prog="python -m benchmarks.overfit_riddle", description=__doc__)
+    parser.add_data_dir()
+    split, _ = load_cifar100(parser.parse_args(argv).data_dir or default_data_dir())
+    print("| loss | inputs | optimizer | widths | seed | last | lowest | highest in 2nd half | spikes in 2nd half "
+          "| steps between spikes | memorized (of 64) |", flush=True)
+    print("|---|---|---|---|---:|---:|---:|---:|---:|---:|---:|", flush=True)
     for case in CASES:
         print(row(split, **case), flush=True)
     return 0

@@ -1,26 +1,25 @@
-"""How the speed of a training and its memory change with processes, batch size and width, on this machine.
+"""Speed and memory of a training by number of processes, batch size and width, on this machine.
 
-    python benchmarks/scaling.py
+    python -m benchmarks.scaling
 
-Real trainings of three epochs on the 5,000 procedurally drawn pictures, on the CPU: the command itself, in processes of
-its own. Of each the fastest epoch but the first counts. About six minutes on two CPU cores.
+Each measurement runs train_cnn.py for three epochs on the 5,000 procedurally drawn images, on the CPU. The faster of
+the last two epochs counts. Takes about six minutes on two CPU cores.
 """
 
 import csv
+import math
 import os
 import subprocess
 import sys
 import tempfile
 from pathlib import Path
 
-sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # a script's own folder is there, the project's is not
+from common.command_line import Parser, exit_status
+from common.errors import UserError
+from common.files import ROOT, read_json
+from training.hardware import machine_facts
 
-from hardware import machine_facts
-from runs import read_json
-from settings import ROOT, Parser, exit_status
-from utils import UserError
-
-PICTURES, EPOCHS = 5_000, 3
+IMAGES, EPOCHS = 5_000, 3
 CORES = os.cpu_count() or 1
 BATCHES = (50, 125, 250, 500, 1000)
 WIDTHS = ("32,96,192", "64,192,384", "128,384,768")  # half and twice the recipe's
@@ -28,8 +27,12 @@ SIDES = (16, 32)
 
 
 def measure(processes: int, threads: int, *flags: str) -> tuple[float, float]:
-    """images/s, and GiB of peak memory of a process, of a training with these flags."""
-    launcher = ["-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={processes}"] if processes > 1 else []
+    """Images per second, and peak memory per process in GiB, of a training with these flags.
+
+    The memory is NaN on a system that does not report it.
+    """
+    torchrun = ["-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={processes}"]
+    launcher = torchrun if processes > 1 else []
     with tempfile.TemporaryDirectory() as folder:
         words = [sys.executable, *launcher, "train_cnn.py", "--synthetic", "--device", "cpu", "--quiet", "--epochs",
                  str(EPOCHS), "--threads", str(threads), "--name", "run", "--results-dir", folder, *flags]
@@ -39,20 +42,20 @@ def measure(processes: int, threads: int, *flags: str) -> tuple[float, float]:
             raise UserError(f"train_cnn.py {' '.join(flags)} failed: {done.stderr}")
         with open(Path(folder) / "run" / "metrics.csv", newline="") as file:
             seconds = [float(row["seconds"]) for row in csv.DictReader(file)]
-        memory = read_json(Path(folder) / "run" / "result.json")["peak_memory_bytes"]
-    return PICTURES / min(seconds[1:]), memory / 2**30
+        memory = read_json(Path(folder) / "run" / "result.json")["peak_memory_bytes"] or math.nan
+    return IMAGES / min(seconds[1:]), memory / 2**30
 
 
 def table(heading: str, rows: dict[str, tuple[float, float]]) -> str:
-    """A Markdown table of speeds, the ratio to the first row's, and memory."""
+    """A Markdown table of speed, its ratio to the first row's, and memory."""
     (first, _), *_ = rows.values()
-    return "\n".join([f"| {heading} | images/s | ratio | peak memory of a process (GiB) |", "|---|---:|---:|---:|",
+    return "\n".join([f"| {heading} | images/s | ratio | peak memory per process (GiB) |", "|---|---:|---:|---:|",
                       *(f"| {name} | {speed:,.0f} | {speed / first:.2f} | {memory:.2f} |"
                         for name, (speed, memory) in rows.items())])
 
 
 def main(argv: list[str] | None = None) -> int:
-    Parser(prog="benchmarks/scaling.py", description=__doc__).parse_args(argv)
+    Parser(prog="python -m benchmarks.scaling", description=__doc__).parse_args(argv)
     facts = machine_facts("cpu")
     precision = max(("float32", "bfloat16"), key=lambda name: facts[f"conv3x3_{name}_gflops"])
     print(f"{facts['processor']}, {CORES} cores, {precision} "
@@ -62,11 +65,11 @@ def main(argv: list[str] | None = None) -> int:
             measure(processes, threads, *plain, "--sides", str(side))
             for side in SIDES for processes, threads in ((1, 1), (1, CORES), (CORES, 1))}
     for side in SIDES:
-        print("\n" + table("processes x threads", {name: row for name, row in rows.items() if f" {side} x" in name}),
-              flush=True)
+        of_side = {name: row for name, row in rows.items() if f" {side} x" in name}
+        print("\n" + table("processes x threads", of_side), flush=True)
     for flag, values in (("--batch-size", BATCHES), ("--widths", WIDTHS)):
-        print("\n" + table(f"{flag}, 16 x 16 pixels", {
-            str(value): measure(1, CORES, *plain, "--sides", "16", flag, str(value)) for value in values}), flush=True)
+        measured = {str(value): measure(1, CORES, *plain, "--sides", "16", flag, str(value)) for value in values}
+        print("\n" + table(f"{flag}, 16 x 16 pixels", measured), flush=True)
     return 0
 
 

@@ -1,15 +1,15 @@
-"""What a training costs on this machine: our recipes beside well-known ones, in seconds and in FLOPs.
+"""Training cost of our recipes and of well-known ones, in seconds and FLOPs, all on this machine.
 
-    python benchmarks/time_to_accuracy.py                          # in the precision that --precision auto takes
-    python benchmarks/time_to_accuracy.py --precision float32
-    python benchmarks/time_to_accuracy.py --figure accuracy-time.png           # draw it too
-    python benchmarks/time_to_accuracy.py --synthetic              # without the data set: the cost is the same
+    python -m benchmarks.time_to_accuracy                              # in the faster precision
+    python -m benchmarks.time_to_accuracy --precision float32
+    python -m benchmarks.time_to_accuracy --figure accuracy-time.png   # also draw accuracy against time
+    python -m benchmarks.time_to_accuracy --synthetic                  # without the dataset, at the same cost
 
-The others are rebuilt from their published settings, less what costs them nothing (schedules) or nearly nothing (the
-speedrun's lookahead, ResNet-18's warm-up epoch and rotations). Real training steps (augmentation, forward, backward,
-optimizer) are timed at every resolution that a recipe uses; all contestants take turns over several rounds, the median
-counts and is multiplied out to the recipe's epochs on 50,000 pictures. Nothing is trained to its end here: accuracies
-are their authors' and, for ours, those of results/results.json. About five minutes on two CPU cores.
+We rebuilt the others from their published settings, without the parts that cost nothing (schedules) or nearly nothing
+(the speedrun's lookahead, ResNet-18's warm-up epoch and rotations). We time real training steps (augmentation,
+forward, backward, optimizer) at every resolution that a recipe uses. All contestants take turns over several rounds,
+and the median is multiplied by the recipe's epochs on 50,000 images. Nothing is trained to the end: accuracies are the
+authors' own and, for our recipes, those in results/results.json. Takes about five minutes on two CPU cores.
 """
 
 import itertools
@@ -19,46 +19,52 @@ import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field, replace
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import nn
 from torchvision.models import MobileNetV2
 
-sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # a script's own folder is there, the project's is not
-
-from engine import fit_and_place, forward_flops, training_step
+from common.command_line import Parser, exit_status
+from common.errors import UserError
+from common.files import RESULTS_DIR, read_json
+from common.plotting import save_figure
+from common.text import flops_text, machine_text
 from evaluation.figures import accuracy_against
-from hardware import choose_precision, machine_facts, prepare_device, wait_for
 from models.layers import set_side
 from models.resnet import BasicBlock, ResNet
-from optimizers import make_optimizers, set_rates
-from runs import read_json, save_figure
-from settings import RESULTS_DIR, Parser, exit_status
-from train_cnn import SCRIPT, CNNSettings, build_model
-from utils import Split, UserError, batches, default_data_dir, load_cifar100
+from train_cnn import RECIPES, CNNSettings, build_model
+from training.distributed import ALONE
+from training.hardware import choose_precision, machine_facts, prepare_device, wait_for
+from training.loop import fit_and_place, forward_flops, loss_of, training_step
+from training.optimizers import make_optimizers, set_rates
+from utils import Split, batches, default_data_dir, load_cifar100
 
-PICTURES = 50_000
+IMAGES = 50_000
 ROUNDS = 3
-SECONDS_A_TURN = 3.0
-OURS = {"cpu": ("fast", "strong", "original"), "cuda": ("sprint", "best")}  # what is meant for which device
+SECONDS_PER_TURN = 3.0
 REFERENCE = "crisostomi/cifar100-speedrun"
 
 
 @dataclass
 class Contestant:
-    """A recipe whose cost is measured. `accuracy` is the test top-1 in percent that it is known for."""
+    """A recipe whose cost is measured.
+
+    accuracy: its published accuracy on the test set, in percent; seconds: of the training step, per image, by side,
+    one value per round; flops: of one image's forward pass, by side.
+    """
 
     name: str
     settings: CNNSettings
     model: nn.Module
     accuracy: float | None
-    seconds: dict[int, list[float]] = field(default_factory=dict)  # of a picture's step by side, a value a round
-    flops: dict[int, int] = field(default_factory=dict)  # of a picture's forward pass by side
+    seconds: dict[int, list[float]] = field(default_factory=dict)
+    flops: dict[int, int] = field(default_factory=dict)
 
-    def total(self, per_picture: Callable[[int], float]) -> float:
-        """What a whole training costs, where a picture at a side of so many pixels costs `per_picture(side)`."""
-        parts = self.settings.sides
-        return PICTURES * self.settings.epochs / len(parts) * sum(map(per_picture, parts))
+    def total(self, per_image: Callable[[int], float]) -> float:
+        """The cost of a whole training, in which an image of `side` pixels a side costs `per_image(side)`."""
+        sides = self.settings.sides
+        return IMAGES * self.settings.epochs / len(sides) * sum(map(per_image, sides))
 
     @property
     def total_flops(self) -> float:
@@ -93,29 +99,29 @@ def speedrun_model() -> nn.Module:
 
 
 def mobilenet_v2() -> nn.Module:
-    """weiaicunzai/pytorch-cifar100's MobileNetV2 (arXiv 1801.04381): ImageNet's with two strides fewer."""
+    """weiaicunzai/pytorch-cifar100's MobileNetV2 (arXiv 1801.04381): ImageNet's, with two strides of 1 instead of 2."""
     stages = [[1, 16, 1, 1], [6, 24, 2, 2], [6, 32, 3, 2], [6, 64, 4, 2], [6, 96, 3, 1], [6, 160, 3, 1], [6, 320, 1, 1]]
     model = MobileNetV2(num_classes=100, inverted_residual_setting=stages)
     model.features[0][0].stride = (1, 1)
-    model.fit_inputs, model.head = (lambda images: None), model.classifier  # as the training loop calls them
+    model.fit_inputs, model.head = (lambda images: None), model.classifier  # the training loop expects both
     return model
 
 
-def contestants(device: str) -> list[Contestant]:
+def contestants() -> list[Contestant]:
     """Our recipes, and three well-known ones as their authors describe them."""
     path = RESULTS_DIR / "results.json"
     try:
         known = {row["recipe"]: float(row["top1"]["mean"]) for row in read_json(path)}
     except (TypeError, ValueError, LookupError) as error:
-        raise UserError(f"{path} is damaged: make it again with python evaluate.py") from error
-    ours = [(name, SCRIPT.recipe_settings(name)) for name in OURS["cuda" if device == "cuda" else "cpu"]]
+        raise UserError(f"{path} is damaged: run python evaluate.py to write it again") from error
+    ours = {name: CNNSettings(**{"recipe": name, **recipe}) for name, recipe in RECIPES.items()}
     speedrun = CNNSettings(epochs=7, sides=(18, 32), batch_size=1024, optimizer="muon-sgd", lr=0.055, other_lr=0.02,
                            label_smoothing=0.15, crop=3)
     usual = CNNSettings(model="resnet18", epochs=200, batch_size=128, optimizer="sgd", lr=0.1, weight_decay=5e-4,
                         crop=4)
     return [
         *(Contestant(f"--recipe {name}", settings, build_model(settings), known.get(name))
-          for name, settings in ours),
+          for name, settings in ours.items()),
         Contestant(REFERENCE, speedrun, speedrun_model(), 70.7),
         Contestant("weiaicunzai/pytorch-cifar100, ResNet-18", usual, build_model(usual), 75.6),
         Contestant("weiaicunzai/pytorch-cifar100, MobileNetV2", usual, mobilenet_v2(), 68.1),
@@ -128,37 +134,37 @@ def contestants(device: str) -> list[Contestant]:
 
 
 def training_steps(contestant: Contestant, split: Split) -> Iterator[int]:
-    """Train for ever; yields the number of pictures of each step. The model's side may be changed between steps."""
+    """Train endlessly and yield the number of images in each step. The model's side may change between steps."""
     settings = contestant.settings
     optimizers = make_optimizers(contestant.model, settings)
     set_rates(optimizers, settings, settings.warmup)
     contestant.model.train()
     for epoch in itertools.count():
         for images, labels in batches(split, settings.batch_size, settings.augmentation, seed=0, epoch=epoch):
-            training_step(contestant.model, optimizers, images, labels, settings)
+            training_step(contestant.model, optimizers, images, labels, loss_of(settings), settings.precision)
             yield len(labels)
 
 
 def time_turn(contestant: Contestant, steps: Iterator[int], side: int) -> float:
-    """Seconds a picture at this side, over a few seconds of training, after one step to warm up."""
+    """Seconds per image at this side, over a few seconds of training after one step to warm up."""
     set_side(contestant.model, side)
     next(steps)
     wait_for(contestant.settings.device)
-    start, pictures, now = time.perf_counter(), 0, 0.0
-    while now < SECONDS_A_TURN:
-        pictures += next(steps)
+    start, images, now = time.perf_counter(), 0, 0.0
+    while now < SECONDS_PER_TURN:
+        images += next(steps)
         wait_for(contestant.settings.device)
         now = time.perf_counter() - start
-    return now / pictures
+    return now / images
 
 
 def measure(everyone: list[Contestant], split: Split, precision: str, device: str) -> None:
-    """Fill in every contestant's seconds and FLOPs."""
+    """Measure the seconds and FLOPs of every contestant."""
     settings = prepare_device(replace(everyone[0].settings, precision=precision, device=device))
     for contestant in everyone:
         contestant.settings = replace(contestant.settings, device=settings.device, threads=settings.threads)
         contestant.model = fit_and_place(contestant.model, split, contestant.settings)
-    precision = choose_precision(everyone[0].model, split, settings).precision
+    precision = choose_precision(everyone[0].model, split, settings, ALONE).precision
     steps = {}
     for contestant in everyone:
         contestant.settings = replace(contestant.settings, precision=precision)
@@ -170,57 +176,55 @@ def measure(everyone: list[Contestant], split: Split, precision: str, device: st
                 contestant.flops[side] = forward_flops(contestant.model)
                 seconds = time_turn(contestant, steps[contestant.name], side)
                 contestant.seconds.setdefault(side, []).append(seconds)
-        print(f"round {round_number + 1} of {ROUNDS} is done", file=sys.stderr, flush=True)
+        print(f"finished round {round_number + 1} of {ROUNDS}", file=sys.stderr, flush=True)
 
 
 def table(everyone: list[Contestant]) -> str:
     """The costs as a Markdown table, with ratios to the reference."""
     reference = next(contestant for contestant in everyone if contestant.name == REFERENCE)
-    lines = ["| recipe | epochs | training FLOPs | ms an image, by side | training | against the speedrun "
-             "| test top-1 |", "|---|---:|---:|---|---:|---:|---:|"]
+    lines = ["| recipe | epochs | training FLOPs | ms per image, by side | training time | relative to speedrun "
+             "| test accuracy (%) |", "|---|---:|---:|---|---:|---:|---:|"]
     for contestant in sorted(everyone, key=lambda contestant: contestant.total_seconds):
         sides = ", ".join(f"{1000 * statistics.median(contestant.seconds[side]):.2f} at {side}"
                           for side in sorted(contestant.seconds))
         minutes = contestant.total_seconds / 60
         accuracy = "" if contestant.accuracy is None else f"{contestant.accuracy:.1f}"
         time_needed = f"{minutes:.1f} min" if minutes < 100 else f"{minutes / 60:.1f} h"
-        lines.append(f"| {contestant.name} | {contestant.settings.epochs} | {contestant.total_flops:.1e} | {sides} "
-                     f"| {time_needed} | {contestant.total_seconds / reference.total_seconds:.2g} "
-                     f"| {accuracy} |".replace("e+", "e"))
+        ratio = contestant.total_seconds / reference.total_seconds
+        lines.append(f"| {contestant.name} | {contestant.settings.epochs} | {flops_text(contestant.total_flops)} "
+                     f"| {sides} | {time_needed} | {ratio:.2g} | {accuracy} |")
     return "\n".join(lines)
 
 
-def draw(everyone: list[Contestant], machine: str):
+def draw(everyone: list[Contestant], machine: str) -> Any:
     """Accuracy against training time, ours and the others', as a matplotlib Figure."""
-    known = [contestant for contestant in everyone if contestant.accuracy is not None]
-    series = {label: {contestant.name.replace("/pytorch-cifar100, ", "\n"):
-                      (contestant.total_seconds / 60, contestant.accuracy)
-                      for contestant in known if contestant.name.startswith("--recipe") is ours}
-              for label, ours in (("ours, measured", True), ("published", False))}
+    series: dict[str, dict[str, tuple[float, float]]] = {"ours, measured": {}, "published": {}}
+    for contestant in everyone:
+        if contestant.accuracy is not None:
+            label = "ours, measured" if contestant.name.startswith("--recipe") else "published"
+            name = contestant.name.replace("/pytorch-cifar100, ", "\n")
+            series[label][name] = contestant.total_seconds / 60, contestant.accuracy
     return accuracy_against(series, f"minutes of training on {machine}",
-                            "CIFAR-100: accuracy against training time, all timed on the same machine")
+                            "CIFAR-100: accuracy against training time on one machine")
 
 
 def main(argv: list[str] | None = None) -> int:
-    parser = Parser(prog="benchmarks/time_to_accuracy.py", description=__doc__)
-    parser.add_argument("--precision", choices=("auto", "float32", "bfloat16"), default="auto")
-    parser.add_argument("--device", choices=("auto", "cpu", "cuda", "mps"), default="auto")
-    parser.add_argument("--synthetic", action="store_true", help="on procedurally drawn pictures")
-    parser.add_argument("--data-dir", default=default_data_dir(), metavar="FOLDER", help="folder of the data set")
-    parser.add_argument("--figure", type=Path, metavar="FILE", help="draw accuracy against time into this PNG")
+    parser = Parser(prog="python -m benchmarks.time_to_accuracy", description=__doc__)
+    parser.add_argument("--precision", choices=("auto", "float32", "bfloat16"), default="auto",
+                        help="arithmetic of the training steps; on a CPU, auto takes the faster one")
+    parser.add_argument("--device", choices=("auto", "cpu", "cuda", "mps"), default="auto", help="where to train")
+    parser.add_argument("--figure", type=Path, metavar="FILE", help="draw accuracy against time into this PNG file")
+    parser.add_data_dir()
+    parser.add_synthetic()
     options = parser.parse_args(argv)
     if options.figure and (options.figure.suffix != ".png" or not options.figure.parent.is_dir()):
-        raise UserError(f"--figure must be a file in a folder that is there, with a name that ends in .png, "
-                        f"not {options.figure}")
-    split, _ = load_cifar100(options.data_dir, use_synthetic=options.synthetic)
+        raise UserError(f"--figure must name a .png file in an existing folder, not {options.figure}")
+    split, _ = load_cifar100(options.data_dir or default_data_dir(), use_synthetic=options.synthetic)
     torch.manual_seed(0)
-    device = prepare_device(CNNSettings(device=options.device)).device
-    everyone = contestants(device)
-    measure(everyone, split, options.precision, device)
+    everyone = contestants()
+    measure(everyone, split, options.precision, options.device)
     settings = everyone[0].settings
-    facts = machine_facts(settings.device)
-    machine = (f"{facts['processor']}, {facts['threads']} threads, {settings.precision} "
-               f"({facts[f'conv3x3_{settings.precision}_gflops']:.0f} GFLOP/s in one 3x3 convolution)")
+    machine = machine_text(machine_facts(settings.device), settings.precision)
     print(f"{machine}\n\n{table(everyone)}")
     if options.figure:
         save_figure(draw(everyone, machine), options.figure)

@@ -1,4 +1,1 @@
-"""What is known of finished runs: numbers, tables and figures, all from kept logits and the labels.
-
-Nothing that trains imports this package, and nothing in it sees an optimizer.
-"""
+"""Turns finished runs into numbers, tables and figures, from logits and labels. It sees no optimizer."""

@@ -1,4 +1,4 @@
-"""Copying finished runs to where the committed ones are, and refusing those that a reader could not make again."""
+"""Copy finished runs to results/published/, and refuse those that a reader could not reproduce."""
 
 import re
 import shutil
@@ -6,29 +6,31 @@ from pathlib import Path
 
 import numpy as np
 
-from evaluation.runs import FinishedRun, TestPictures, are_logits, find_runs, finite_logits, read_arrays
+from common.errors import UserError
+from common.files import read_json, replacing
+from common.run_files import PUBLISHED
+from evaluation.finished_runs import FinishedRun, TestSet, are_logits, find_runs, finite_logits, read_arrays
 from models import load_model
-from runs import PUBLISHED, read_json, replacing
-from utils import FINE_NAMES, UserError, load_cifar100
+from utils import FINE_NAMES, load_cifar100
 
 RECORDED = ("config.json", "metrics.csv", "loss.png", "result.json")
 MAX_WEIGHTS_BYTES = 25_000_000
-MAY_DIFFER = ("seed", "threads", "data_dir", "checkpoint_every")  # among the runs of a recipe
-CALIBRATION = "calibration"  # the folder, below the published runs, of held-out pictures' logits
+MAY_DIFFER = ("seed", "threads", "data_dir", "checkpoint_every")  # between the runs of a recipe
+CALIBRATION = "calibration"  # folder, below the published runs, of logits on the validation set
 
 
-def publish(name: str, results_dir: Path, test: TestPictures) -> Path:
-    """Copy a finished run of a recipe to where published ones are; returns where.
+def publish(name: str, results_dir: Path, test: TestSet) -> Path:
+    """Copy a finished run of a recipe to results/published/, and return the new folder.
 
-    Only one seed of a recipe keeps its weights. Raises UserError for a run that must not be published.
+    Only one seed per recipe keeps its weights. Raises UserError for a run that must not be published.
     """
     run = _finished(name, results_dir)
     if not run.settings["train_on_all"]:
-        raise UserError(f"{run.folder} was not trained on all pictures: train it again with --train-on-all")
+        raise UserError(f"{run.folder} was not trained on all images: train it with --train-on-all")
     _require_plain(run, "--train-on-all")
     target = results_dir / PUBLISHED / f"{run.recipe}-s{run.seed}"
     if target.exists():
-        raise UserError(f"{target} is published already: remove it first if it is to be replaced")
+        raise UserError(f"{target} is already published: to replace it, delete it first")
     siblings = _siblings(run, results_dir)
     require_alike([*siblings, run])
     run.logits(test)
@@ -39,17 +41,18 @@ def publish(name: str, results_dir: Path, test: TestPictures) -> Path:
 
 
 def publish_calibration(name: str, results_dir: Path, data_dir: str) -> Path:
-    """Publish a finished run's logits of the 5,000 held-out pictures, in place of older ones; returns where.
+    """Publish a finished run's logits on the 5,000 validation images, replacing older ones; returns the folder.
 
-    The run is one of a recipe on the other 45,000: only there is a network as unsure as it will be of test pictures.
+    The run must have been trained on the other 45,000 images: on images it was trained on, a network is overconfident.
     Raises UserError for a run that must not be published.
     """
     run = _finished(name, results_dir)
     if run.settings["train_on_all"]:
-        raise UserError(f"{run.folder} was trained on the held-out pictures too: train it without --train-on-all")
+        raise UserError(f"{run.folder} was trained on the validation set too: train it without --train-on-all")
     _require_plain(run)
-    require_alike([*_siblings(run, results_dir), run], besides=("train_on_all",))
+    require_alike([*_siblings(run, results_dir), run], except_for=("train_on_all",))
     _, val = load_cifar100(data_dir)
+    assert val is not None  # unless train_on_all
     logits = finite_logits(load_model(run.weights), val.images, len(val.fine_names), str(run.weights))
     path, fine_labels = run.folder / "val_predictions.npz", val.fine_labels.numpy().astype(np.uint8)
     with replacing(path) as partial, open(partial, "wb") as file:
@@ -58,58 +61,61 @@ def publish_calibration(name: str, results_dir: Path, data_dir: str) -> Path:
 
 
 def read_calibration(run: FinishedRun, results_dir: Path) -> tuple[np.ndarray, np.ndarray] | None:
-    """The held-out pictures' logits, float16 [5000, 100], and labels, int64 [5000], from which a temperature for `run`
-    is fitted; None if its recipe is not calibrated. Raises UserError if it was calibrated with other settings.
+    """Validation logits, float16 [5000, 100], and labels, int64 [5000], to fit a temperature for `run`.
+
+    None if its recipe is not calibrated. Raises UserError if it was calibrated with other settings.
     """
     folder = results_dir / PUBLISHED / CALIBRATION / run.recipe
     path = folder / "val_predictions.npz"
     if not path.exists():
         return None
-    require_alike([run, FinishedRun(folder)], besides=("train_on_all",))
+    require_alike([run, FinishedRun(folder)], except_for=("train_on_all",))
     logits, labels = read_arrays(path, "logits", "fine_labels")
     if labels.dtype != np.uint8 or labels.ndim != 1 or not len(labels) or labels.max() >= len(FINE_NAMES) \
             or not are_logits(logits, len(labels), len(FINE_NAMES)):
-        raise UserError(f"{path} holds no logits and labels of {len(FINE_NAMES)} classes: "
-                        "make it again with --calibrate")
+        raise UserError(f"{path} has no logits and labels of {len(FINE_NAMES)} classes: "
+                        "create it again with --calibrate")
     return logits, labels.astype(np.int64)
 
 
 def publish_overfit(name: str, results_dir: Path) -> Path:
-    """Copy an overfit check, say overfit_batch/mlp, to where published ones are, in place of an older one.
+    """Copy an overfit check such as overfit_batch/mlp to results/published/, replacing an older one.
 
-    Raises UserError if it was made with other flags than --overfit-batch, did not pass, or had uncommitted changes.
+    Raises UserError unless it was run with --overfit-batch alone, passed, and had no uncommitted changes.
     """
     source = results_dir / name
     content = read_json(source / "overfit.json")
     try:
-        plain = content["given"] == {} and content["readings"]["cross-entropy"]["passed"] is True
-        clean = content["git_changes"] is False
+        plain, clean = content["given"] == {}, content["git_changes"] is False
+        passed = content["losses"]["cross-entropy"]["passed"] is True
     except (KeyError, TypeError):
-        plain = clean = False
-    if not plain:
-        raise UserError(f"{source} is not the plain check, passed: run it again with --overfit-batch alone")
+        plain = passed = clean = False
+    if not plain or not passed:
+        raise UserError(f"{source} is not a plain check that passed: run it again with --overfit-batch alone")
     if not clean:
-        raise UserError(f"{source} was not made from a clean commit: commit every change and make it again")
+        raise UserError(f"{source} was not made from a clean commit: commit all changes and run it again")
     return _copy(source, ["overfit.json", "overfit.png", "curves.csv"], results_dir / PUBLISHED / name)
 
 
-def require_alike(runs: list[FinishedRun], besides: tuple[str, ...] = ()) -> None:
-    """Raise UserError unless these runs of one recipe differ in nothing but their seeds, and settings in `besides`."""
-    first, *others = [run.settings for run in runs]
-    for run, settings in zip(runs[1:], others, strict=True):
-        differing = {name: (first.get(name), settings.get(name)) for name in first.keys() | settings.keys()
-                     if name not in (*MAY_DIFFER, *besides) and first.get(name) != settings.get(name)}
+def require_alike(runs: list[FinishedRun], except_for: tuple[str, ...] = ()) -> None:
+    """Raise UserError unless these runs of one recipe differ only in their seeds, machines and `except_for`."""
+    first, allowed = runs[0].settings, (*MAY_DIFFER, *except_for)
+    for run in runs[1:]:
+        settings = run.settings
+        differing = [f"{name}: {first.get(name)} and {settings.get(name)}"
+                     for name in sorted((first.keys() | settings.keys()) - set(allowed))
+                     if first.get(name) != settings.get(name)]
         if differing:
-            words = "; ".join(f"{name}: {one} and {other}" for name, (one, other) in sorted(differing.items()))
-            raise UserError(f"{run.folder} cannot stand beside {runs[0].folder}, their settings differ ({words})")
+            raise UserError(f"{run.folder} and {runs[0].folder} have different settings ({'; '.join(differing)}): "
+                            "a recipe's published runs must share them")
 
 
 def _finished(name: str, results_dir: Path) -> FinishedRun:
     run = FinishedRun(results_dir / name)
     if not (run.folder / "result.json").exists():
-        raise UserError(f"{run.folder} is no finished run; if there is such a run, go on with --resume {name} first")
+        raise UserError(f"{run.folder} is not a finished run: name one, or finish it with --resume {name}")
     if run.synthetic:
-        raise UserError(f"{run.folder} was trained on synthetic pictures: it cannot be published")
+        raise UserError(f"{run.folder} was trained on synthetic images: it cannot be published")
     return run
 
 
@@ -117,10 +123,10 @@ def _require_plain(run: FinishedRun, *flags: str) -> None:
     """Raise UserError unless the run is its recipe with these flags alone, from a clean commit."""
     plain = r"python train_\w+\.py( --recipe \S+)?" + "".join(f" {flag}" for flag in flags)
     if not re.fullmatch(plain, run.recipe_command):
-        raise UserError(f"{run.folder} is not the recipe {run.recipe} but `{run.recipe_command}`: it cannot be "
-                        "published")
+        raise UserError(f"{run.folder} was trained by `{run.recipe_command}`, not by the plain recipe {run.recipe}: "
+                        "it cannot be published")
     if run.config["git_changes"] is not False:
-        raise UserError(f"{run.folder} was not trained from a clean commit: commit every change and train it again")
+        raise UserError(f"{run.folder} was not trained from a clean commit: commit all changes and train it again")
 
 
 def _siblings(run: FinishedRun, results_dir: Path) -> list[FinishedRun]:
@@ -129,7 +135,7 @@ def _siblings(run: FinishedRun, results_dir: Path) -> list[FinishedRun]:
 
 
 def _copy(source: Path, files: list[str], target: Path) -> Path:
-    """Make the folder `target`, in place of an older one, of some files of `source`: whole or not at all."""
+    """Copy `files` from `source` to the folder `target`, replacing an older one: all of them or none."""
     partial = target.with_name(f".{target.name}.partial")
     shutil.rmtree(partial, ignore_errors=True)
     try:

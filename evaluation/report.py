@@ -1,7 +1,7 @@
-"""The report: one page with the table, the figures and every test picture, which needs nothing beside it.
+"""The report: one self-contained page with the results table, the figures and every test image.
 
-Pictures, figures, styles and script are all inside the file, so it works from a disk with no network. Equal inputs
-give equal bytes: nothing in it tells the time.
+Images, figures, styles and script are all inside the file, so it works from a disk without a network. Equal inputs
+give equal bytes: it contains no time stamp.
 """
 
 import base64
@@ -11,31 +11,32 @@ from typing import Any
 
 import numpy as np
 
-from evaluation.figures import spaced
+from common.errors import UserError
+from common.files import write_text
+from common.text import flops_text, spaced
+from evaluation.finished_runs import FinishedRun, TestSet
 from evaluation.metrics import softmax
-from evaluation.runs import FinishedRun, TestPictures
-from runs import write_text
-from utils import UserError
+from evaluation.tables import minutes
 
 TEMPLATE = Path(__file__).with_name("report.html")
 MAX_BYTES = 10_000_000
-COLUMNS = 10  # pictures side by side in the sheet of a class
-WEBP_QUALITY = 85  # 4.5 MB in base64 for 10,000 pictures at 32 dB; quality 95 takes 7.0 MB for 34 dB, lossless 21 MB
+COLUMNS = 10  # images per row in the sheet of a class
+WEBP_QUALITY = 85  # 4.5 MB in base64 for 10,000 images at 32 dB; quality 95 takes 7.0 MB for 34 dB, lossless 21 MB
 GUESSES = 5
 SORTED_BY = "top-1 (%)"
 
 
-def write_report(runs: list[FinishedRun], rows: list[dict[str, Any]], test: TestPictures, chosen: FinishedRun,
+def write_report(runs: list[FinishedRun], rows: list[dict[str, Any]], test: TestSet, chosen: FinishedRun,
                  figures: dict[str, Any], path: Path) -> None:
     """Write the page to `path`, whole or not at all.
 
-    runs: published ones, whose guesses the gallery can show, `chosen`'s first; rows: those of results.json, for the
-    table; figures: matplotlib's, by their titles. Raises UserError if the page would be larger than MAX_BYTES.
+    runs: the published runs whose guesses the gallery can show, `chosen` first; rows: those of results.json, for the
+    table; figures: matplotlib Figures by title. Raises UserError if the page would be larger than MAX_BYTES.
     """
     from jinja2 import Environment, FileSystemLoader, StrictUndefined  # here: only the report needs it
 
     runs = [chosen, *(run for run in runs if run != chosen)]
-    by_class = np.argsort(test.fine_labels, kind="stable")  # and in a class by hash
+    by_class = np.argsort(test.fine_labels, kind="stable")  # within a class, by hash
     counts = np.bincount(test.fine_labels, minlength=len(test.fine_names))
     images = test.images.numpy()
     environment = Environment(loader=FileSystemLoader(TEMPLATE.parent), autoescape=True, undefined=StrictUndefined,
@@ -45,7 +46,7 @@ def write_report(runs: list[FinishedRun], rows: list[dict[str, Any]], test: Test
         sorted_by=SORTED_BY,
         figures=[_figure(title, figure) for title, figure in figures.items()],
         runs=[_provenance(run) for run in runs],
-        pictures=len(images),
+        images=len(images),
         columns=COLUMNS,
         guesses=GUESSES,
         sheets={label: _sheet(images[test.fine_labels == label]) for label in np.flatnonzero(counts)},
@@ -66,7 +67,7 @@ def _base64(content: bytes) -> str:
 
 
 def _guesses(logits: np.ndarray) -> np.ndarray:
-    """The most probable classes and, behind them, their probabilities in percent: [N, C] -> uint8 [N, 2 * GUESSES]."""
+    """The most probable classes, then their probabilities in percent: logits [N, C] -> uint8 [N, 2 * GUESSES]."""
     probabilities = softmax(logits)
     best = np.argsort(-probabilities, axis=1, kind="stable")[:, :GUESSES]
     percents = np.rint(100 * np.take_along_axis(probabilities, best, axis=1))
@@ -74,7 +75,7 @@ def _guesses(logits: np.ndarray) -> np.ndarray:
 
 
 def _sheet(images: np.ndarray) -> str:
-    """Pictures, uint8 [N, 3, H, W], in rows of COLUMNS in one WebP file, base64."""
+    """Images, uint8 [N, 3, H, W], as one WebP file with rows of COLUMNS images, in base64."""
     from PIL import Image  # it comes with torchvision
 
     count, channels, height, width = images.shape
@@ -89,7 +90,7 @@ def _sheet(images: np.ndarray) -> str:
 
 
 def _figure(title: str, figure: Any) -> dict[str, str]:
-    """A figure as base64 PNG, with a description for who cannot see it: its title and what its axes are."""
+    """A figure as base64 PNG, with its title and axes as alternative text."""
     content = io.BytesIO()
     figure.savefig(content, format="png", dpi=110, metadata={"Software": None})
     axes = [f"{axes.get_ylabel()} against {axes.get_xlabel()}" for axes in figure.axes
@@ -98,22 +99,22 @@ def _figure(title: str, figure: Any) -> dict[str, str]:
             "png": _base64(content.getvalue())}
 
 
-def _superclasses(test: TestPictures) -> list[tuple[str, list[tuple[int, str]]]]:
-    """Each superclass's name with the labels and names of its classes, as far as there are pictures of them."""
+def _superclasses(test: TestSet) -> list[tuple[str, list[tuple[int, str]]]]:
+    """Each superclass's name, with the labels and names of those of its classes that have images."""
     pairs = sorted(set(zip(test.coarse_labels.tolist(), test.fine_labels.tolist(), strict=True)))
     return [(spaced(name), [(fine, spaced(test.fine_names[fine])) for of, fine in pairs if of == coarse])
             for coarse, name in enumerate(test.coarse_names)]
 
 
 def _provenance(run: FinishedRun) -> dict[str, str]:
-    """What has to be known of a run to make it again."""
+    """The command and commit that reproduce a run."""
     commit = run.config.get("git_commit") or "unknown"
     return {"name": run.name, "command": run.config["command"], "commit": commit[:12]}
 
 
 def _cells(row: dict[str, Any]) -> dict[str, tuple[str, str | float]]:
-    """A row of the table by its columns' headings: what a cell shows, and what it is sorted by."""
-    std, minutes, machine = row["top1"]["std"], float(np.mean(row["train_seconds"])) / 60, row["machines"][0]
+    """The cells of a table row by column heading: the text that is shown, and the value to sort by."""
+    std, machine = row["top1"]["std"], row["machines"][0]
     threads = f", {machine['threads']} threads" if row["device"] == "cpu" else ""
     return {
         "recipe": (row["recipe"], row["recipe"]),
@@ -123,8 +124,8 @@ def _cells(row: dict[str, Any]) -> dict[str, tuple[str, str | float]]:
         "top-5 (%)": (f"{row['top5']['mean']:.2f}", row["top5"]["mean"]),
         "superclass (%)": (f"{row['superclass']['mean']:.2f}", row["superclass"]["mean"]),
         "parameters": (f"{row['parameters'] / 1e6:.2f} M", row["parameters"]),
-        "minutes": (f"{minutes:.1f}", minutes),
-        "FLOPs": (f"{row['train_flops']:.1e}".replace("e+", "e"), row["train_flops"]),
+        "minutes": (f"{minutes(row):.1f}", minutes(row)),
+        "FLOPs": (flops_text(row["train_flops"]), row["train_flops"]),
         "machine": (f"{machine['processor']}{threads}, {row['precision']}", machine["processor"]),
         "command": (row["command"], row["command"]),
     }

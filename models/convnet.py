@@ -1,4 +1,4 @@
-"""Our own network: made to learn as much as it can from each operation."""
+"""Our own network, designed to reach a high accuracy with few operations."""
 
 from collections.abc import Sequence
 
@@ -8,21 +8,21 @@ from torch import Tensor, nn
 
 from models.layers import Resize
 
-WHITENING_SAMPLE = 5000  # pictures; their 2x2 patches are plenty
-WHITENING_EPSILON = 5e-4  # added to each variance, so that directions of pure noise are not blown up
-HEAD_SCALE = 1 / 9  # of the logits, whose weights start with unit variance (arXiv 2404.00498)
-BRANCH_SCALE = 0.3  # of a block's branch at the start
-GATE_SCALE = 1.37  # a gate that starts at sigmoid(1) lets everything pass as it is
+WHITENING_SAMPLE = 5000  # images, each with hundreds of 2x2 patches
+WHITENING_EPSILON = 5e-4  # added to each variance, so that directions of pure noise are not amplified
+HEAD_SCALE = 1 / 9  # of the logits, since the head's weights start with unit variance (arXiv 2404.00498)
+BRANCH_SCALE = 0.3  # initial scale of a block's branch
+GATE_SCALE = 1.37  # about 1 / sigmoid(1): a new gate passes its input unchanged
 
 
 class ConvNet(nn.Module):
-    """Pre-activation residual blocks on whitened pictures; average and maximum pooling side by side; one linear layer.
+    """Pre-activation residual blocks on whitened images, then average and maximum pooling, then one linear layer.
 
-    From K. Jordan, "94% on CIFAR-10 in 3.29 seconds", 2024, arXiv 2404.00498: whitening, batch normalisation without
-    scales, GELU, max-pooling behind a convolution, a head with unit-variance weights.
+    Whitening, batch normalization without scales, GELU, max-pooling after a convolution, and a head with unit-variance
+    weights are from K. Jordan, "94% on CIFAR-10 in 3.29 seconds", 2024, arXiv 2404.00498.
 
-    widths: filters of each stage, which halves the picture; blocks: residual blocks of each stage; side: pictures are
-    scaled to side x side pixels.
+    widths: filters of each stage, the first block of which halves the image; blocks: residual blocks of each stage;
+    side: images are scaled to side x side pixels first.
     forward: float32 [N, 3, H, W] in [0, 1] -> logits [N, num_classes].
     """
 
@@ -45,19 +45,20 @@ class ConvNet(nn.Module):
         nn.init.normal_(self.head.weight)
 
     def fit_inputs(self, images: Tensor) -> None:
-        """Fit what depends on the inputs' distribution alone, here the whitening; see `Whitening.fit`."""
+        """Fit the whitening to training images, float32 [N, 3, H, W] in [0, 1]."""
         self.whiten.fit(images[:WHITENING_SAMPLE])
 
     def forward(self, images: Tensor) -> Tensor:
-        x = F.gelu(self.norm(self.blocks(self.whiten(self.resize(images)))))
+        x = self.blocks(self.whiten(self.resize(images)))
+        x = F.gelu(self.norm(x))
         return self.head(torch.cat([x.mean((2, 3)), x.amax((2, 3))], 1)) * HEAD_SCALE
 
 
 class Whitening(nn.Conv2d):
-    """2x2 patches along the principal directions of natural ones, each scaled to unit variance, and their negatives.
+    """Projections of 2x2 patches on their principal directions, scaled to unit variance, and the negatives of these.
 
-    float32 [N, 3, H, W] -> [N, 24, H - 1, W - 1]. The filters are fitted once and not trained (arXiv 2404.00498). Until
-    `fit` they are random.
+    float32 [N, 3, H, W] -> [N, 24, H - 1, W - 1]. The filters are fitted once and not trained (arXiv 2404.00498);
+    before `fit` they are random.
     """
 
     def __init__(self) -> None:
@@ -66,7 +67,7 @@ class Whitening(nn.Conv2d):
 
     @torch.no_grad()
     def fit(self, images: Tensor) -> None:
-        """Fit to the patches of a sample of training pictures, float32 [N, 3, H, W] in [0, 1]."""
+        """Fit the filters to the patches of training images, float32 [N, 3, H, W] in [0, 1]."""
         patches = F.unfold(images, 2).transpose(1, 2).flatten(0, 1)
         variances, directions = torch.linalg.eigh(torch.cov(patches.T).double())
         filters = (directions / (variances + WHITENING_EPSILON).sqrt()).T.to(images.dtype)
@@ -76,8 +77,8 @@ class Whitening(nn.Conv2d):
 class Block(nn.Module):
     """Norm, GELU and a 3x3 convolution, twice, around a shortcut (He et al. 2016, arXiv 1603.05027).
 
-    The branch passes a gate and is scaled by a number that learns, from BRANCH_SCALE on. With `halves` the picture is
-    halved: by maximum pooling behind the first convolution and by averaging in the shortcut.
+    The branch ends in a gate and a trained scale, BRANCH_SCALE at the start. With `halves`, height and width are
+    halved: by maximum pooling after the first convolution, and by averaging in the shortcut.
     """
 
     def __init__(self, inputs: int, outputs: int, halves: bool) -> None:
@@ -97,11 +98,13 @@ class Block(nn.Module):
         if self.halves:
             branch, shortcut = F.max_pool2d(branch, 2), F.avg_pool2d(shortcut, 2)
         branch = self.gate(self.conv2(F.gelu(self.norm2(branch))))
-        return (shortcut if self.project is None else self.project(shortcut)) + self.scale * branch
+        if self.project is not None:
+            shortcut = self.project(shortcut)
+        return shortcut + self.scale * branch
 
 
 class Norm(nn.BatchNorm2d):
-    """Batch normalisation (arXiv 1502.03167) with a shift that learns and a scale that stays 1."""
+    """Batch normalization (arXiv 1502.03167) with a trained shift and a scale that stays 1."""
 
     def __init__(self, channels: int) -> None:
         super().__init__(channels)
@@ -109,7 +112,7 @@ class Norm(nn.BatchNorm2d):
 
 
 class Gate(nn.Module):
-    """Squeeze and excitation (Hu et al. 2017, arXiv 1709.01507): channels scaled by what all their means say."""
+    """Squeeze and excitation (Hu et al. 2017, arXiv 1709.01507): scale each channel by a function of all means."""
 
     def __init__(self, channels: int, reduction: int = 8) -> None:
         super().__init__()

@@ -8,8 +8,11 @@ from torch import Tensor, nn
 class Normalize(nn.Module):
     """Subtract each channel's mean and divide by its standard deviation: float32 [N, 3, H, W] -> the same shape.
 
-    Both are buffers, so they travel with the weights. Until `fit` they are 0 and 1.
+    Both are buffers, so the weights file holds them. Before `fit` they are 0 and 1.
     """
+
+    mean: Tensor
+    std: Tensor
 
     def __init__(self, channels: int = 3) -> None:
         super().__init__()
@@ -18,7 +21,7 @@ class Normalize(nn.Module):
 
     @torch.no_grad()
     def fit(self, images: Tensor) -> None:
-        """Take both from a sample of the training pictures, float32 [N, 3, H, W] in [0, 1]."""
+        """Compute both from training images, float32 [N, 3, H, W] in [0, 1]."""
         std, mean = torch.std_mean(images, dim=(0, 2, 3), keepdim=True)
         self.mean.copy_(mean)
         self.std.copy_(std)
@@ -28,9 +31,9 @@ class Normalize(nn.Module):
 
 
 class Resize(nn.Module):
-    """Scale pictures to side x side pixels, bilinearly and antialiased: float32 [N, 3, H, W] -> [N, 3, side, side].
+    """Scale images to side x side pixels, bilinearly and antialiased: float32 [N, 3, H, W] -> [N, 3, side, side].
 
-    `side` may be changed at any time: progressive resolution is a training on ever larger sides.
+    `side` may be changed at any time, as training does for progressive resolution.
     """
 
     def __init__(self, side: int) -> None:
@@ -45,7 +48,7 @@ class Resize(nn.Module):
 
 
 def set_side(model: nn.Module, side: int | None) -> None:
-    """Have every `Resize` of the model scale to `side`; None changes nothing."""
+    """Make every `Resize` of the model scale to `side`; None changes nothing."""
     for module in model.modules():
         if isinstance(module, Resize) and side is not None:
             module.side = side

@@ -1,4 +1,4 @@
-"""The multi-layer perceptron: the baseline that every later network has to beat."""
+"""The multi-layer perceptron, the baseline that every other network has to beat."""
 
 from collections.abc import Sequence
 
@@ -8,11 +8,11 @@ from models.layers import Normalize
 
 
 class MLP(nn.Module):
-    """Fully connected layers with LeakyReLU (Maas et al. 2013), on the pixels of a picture.
+    """Fully connected layers with LeakyReLU (Maas et al. 2013), on the pixels of an image.
 
-    side: the picture is first averaged down to side x side pixels; widths: units of each hidden layer; batch_norm:
-    batch normalisation (arXiv 1502.03167) before each activation; dropout: share of activations zeroed after it
-    (Srivastava et al. 2014).
+    widths: units of each hidden layer; side: images are first averaged down to side x side pixels; dropout: fraction
+    of activations zeroed after each layer (Srivastava et al. 2014); batch_norm: batch normalization before each
+    activation (arXiv 1502.03167); negative_slope: of LeakyReLU.
     forward: float32 [N, 3, 32, 32] in [0, 1] -> logits [N, num_classes].
     """
 
@@ -31,7 +31,7 @@ class MLP(nn.Module):
         layers: list[nn.Module] = []
         inputs = 3 * side**2
         for width in widths:
-            layers.append(nn.Linear(inputs, width, bias=not batch_norm))  # batch norm has a shift of its own
+            layers.append(nn.Linear(inputs, width, bias=not batch_norm))  # batch norm adds its own
             if batch_norm:
                 layers.append(nn.BatchNorm1d(width))
             layers.append(nn.LeakyReLU(negative_slope))
@@ -42,8 +42,9 @@ class MLP(nn.Module):
         self.head = nn.Linear(inputs, num_classes)
 
     def fit_inputs(self, images: Tensor) -> None:
-        """Fit what depends on the inputs' distribution alone, here the normalisation; see `Normalize.fit`."""
+        """Fit the normalization to training images, float32 [N, 3, 32, 32] in [0, 1]."""
         self.normalize.fit(images)
 
     def forward(self, images: Tensor) -> Tensor:
-        return self.head(self.layers(self.shrink(self.normalize(images)).flatten(1)))
+        pixels = self.shrink(self.normalize(images)).flatten(1)
+        return self.head(self.layers(pixels))

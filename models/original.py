@@ -6,9 +6,9 @@ from torch import Tensor, nn
 class OriginalCNN(nn.Module):
     """Three unpadded 5x5 convolutions and four fully connected layers, as its author left it but for the last ReLU.
 
-    Each convolution is followed by ReLU and then batch normalisation, each fully connected layer but the last by ReLU;
-    the author had one behind the logits too, with which one batch cannot be memorised (docs/procedure.md). Pictures
-    enter as they are, in [0, 1].
+    Each convolution is followed by ReLU and then batch normalization, each fully connected layer but the last by ReLU.
+    The author had a ReLU after the logits too; with it, one batch cannot be memorized (docs/procedure.md). Images are
+    not normalized.
     forward: float32 [N, 3, 32, 32] in [0, 1] -> logits [N, num_classes].
     """
 
@@ -24,7 +24,7 @@ class OriginalCNN(nn.Module):
         self.head = nn.Linear(144, num_classes)
 
     def fit_inputs(self, images: Tensor) -> None:
-        """Nothing: this network takes pictures as they are."""
+        """Nothing to fit: this network takes images as they are."""
 
     def forward(self, images: Tensor) -> Tensor:
         return self.head(self.layers(images))

@@ -1,4 +1,4 @@
-"""What the tests of trainings share: a tiny MLP on synthetic pictures, and ways to read what a run left behind."""
+"""Shared by the tests of training runs: a tiny MLP on synthetic images, and ways to read a run's folder."""
 
 import csv
 import functools
@@ -12,12 +12,13 @@ import pytest
 import torch
 from torch import Tensor
 
-import engine
 import train_mlp
+from common.command_line import exit_status
+from common.files import ROOT  # noqa: F401 (imported from here by tests)
 from data import synthetic
-from settings import exit_status
+from training import loop
+from training.checkpoint import read_checkpoint
 
-ROOT = Path(train_mlp.__file__).resolve().parent
 MACHINE = ("--precision", "float32", "--device", "cpu", "--threads", "1", "--quiet")
 TINY = ("--synthetic", "--widths", "32,16,16", "--dropout", "0", "--mixup", "0", "--optimizer", "adamw",
         "--lr", "0.002", "--batch-size", "500", "--epochs", "2", *MACHINE)  # two epochs of ten steps: half a second
@@ -28,19 +29,19 @@ _make_synthetic_once = functools.cache(synthetic.make_synthetic)
 
 @pytest.fixture(scope="module", autouse=True)
 def drawn_once() -> Iterator[None]:
-    """Draw the synthetic pictures once a process instead of once a training. A module that imports this has it."""
+    """Draw the synthetic images once per process, not once per run, in every module that imports this."""
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(synthetic, "make_synthetic", _make_synthetic_once)
         yield
 
 
 def run_script(results_dir: Path, *flags: str) -> int:
-    """The exit status of `train_mlp.py` with these flags, in this process."""
+    """Run `train_mlp.py` with these flags in this process; returns its exit status."""
     return exit_status(lambda: train_mlp.main([*flags, "--results-dir", str(results_dir)]))
 
 
 def train_tiny(results_dir: Path, *flags: str) -> int:
-    """The exit status of a training with TINY; `flags` override it."""
+    """Train with TINY, overridden by `flags`; returns the exit status."""
     return run_script(results_dir, *TINY, *flags)
 
 
@@ -49,7 +50,7 @@ def resume(results_dir: Path, name: str, *flags: str) -> int:
 
 
 def error_line(capsys: pytest.CaptureFixture[str]) -> str:
-    """The one line that stderr must hold: an error, and no traceback."""
+    """The error on stderr, which must be a single line."""
     lines = capsys.readouterr().err.splitlines()
     assert len(lines) == 1, lines
     assert lines[0].startswith("error: ")
@@ -57,15 +58,17 @@ def error_line(capsys: pytest.CaptureFixture[str]) -> str:
 
 
 def same_weights(a: Path, b: Path) -> bool:
-    """Whether two runs ended in the same float32 weights and the same optimizer states, bit for bit, and files."""
-    ends = [torch.load(run / "checkpoint.pt", weights_only=True) for run in (a, b)]
-    one, other = (leaves({"model": end["model"], "optimizers": end["optimizers"]}) for end in ends)
-    equal = [torch.equal(x, y) if isinstance(x, torch.Tensor) else x == y for x, y in zip(one, other, strict=True)]
-    return all(equal) and (a / "model.safetensors").read_bytes() == (b / "model.safetensors").read_bytes()
+    """Whether two runs ended with equal float32 weights and optimizer states, bit for bit, and equal files."""
+    one, other = (read_checkpoint(run / "checkpoint.safetensors")[0] for run in (a, b))
+    return (
+        one.keys() == other.keys()
+        and all(tensor.dtype == other[name].dtype and torch.equal(tensor, other[name]) for name, tensor in one.items())
+        and (a / "model.safetensors").read_bytes() == (b / "model.safetensors").read_bytes()
+    )
 
 
 def leaves(tree: Any) -> list[Any]:
-    """What a nest of dictionaries and lists holds, keys included, in order."""
+    """The keys and values of nested dictionaries and lists, in order."""
     if isinstance(tree, dict):
         return [leaf for key, value in tree.items() for leaf in (key, *leaves(value))]
     if isinstance(tree, (list, tuple)):
@@ -74,9 +77,10 @@ def leaves(tree: Any) -> list[Any]:
 
 
 def metrics(run: Path, *, without: tuple[str, ...] = ("seconds",)) -> list[dict[str, str]]:
-    """The rows of `metrics.csv` as text, by default without what differs from one day to the next."""
+    """The rows of `metrics.csv` as text; by default without the column that differs between equal runs."""
     with open(run / "metrics.csv", newline="") as file:
-        return [{name: value for name, value in row.items() if name not in without} for row in csv.DictReader(file)]
+        rows = list(csv.DictReader(file))
+    return [{name: value for name, value in row.items() if name not in without} for row in rows]
 
 
 def read_json(path: Path) -> Any:
@@ -84,14 +88,14 @@ def read_json(path: Path) -> Any:
 
 
 def edit_settings(run: Path, **changes: Any) -> None:
-    """Make a run's config.json say something else."""
+    """Change settings in a run's config.json."""
     config = read_json(run / "config.json")
     config["settings"] |= changes
     (run / "config.json").write_text(json.dumps(config))
 
 
 def contents(folder: Path) -> dict[Path, bytes]:
-    """What every file in a folder holds, by its path in there, but for locks."""
+    """The bytes of every file in a folder except locks, by path relative to it."""
     return {path.relative_to(folder): path.read_bytes() for path in sorted(folder.rglob("*"))
             if path.is_file() and path.name != ".lock"}
 
@@ -101,8 +105,8 @@ def run_names(results_dir: Path) -> list[str]:
 
 
 def after_step(monkeypatch: pytest.MonkeyPatch, number: int, act: Callable[[], None]) -> None:
-    """Have `act` called at the end of the `number`-th training step from now."""
-    step, count = engine.training_step, itertools.count(1)
+    """Call `act` at the end of the `number`-th training step from now."""
+    step, count = loop.training_step, itertools.count(1)
 
     def acting_step(*arguments: Any) -> tuple[Tensor, Tensor]:
         outcome = step(*arguments)
@@ -110,4 +114,4 @@ def after_step(monkeypatch: pytest.MonkeyPatch, number: int, act: Callable[[], N
             act()
         return outcome
 
-    monkeypatch.setattr(engine, "training_step", acting_step)
+    monkeypatch.setattr(loop, "training_step", acting_step)

@@ -1,4 +1,4 @@
-"""What the tests with real processes share: trainings that run beside the test, and are killed by it."""
+"""Trainings in processes of their own, which a test can watch, signal and kill."""
 
 import contextlib
 import os
@@ -10,19 +10,22 @@ import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
-import torch
+import pytest
 
 from tests.helpers import ROOT
 
-PATIENCE = 120.0  # seconds: far more than anything here takes, on a machine that is busy
+TIMEOUT = 120.0  # seconds: far more than anything here takes, even on a busy machine
 TORCHRUN = ("-m", "torch.distributed.run", "--standalone")
+posix_only = pytest.mark.skipif(os.name != "posix", reason="needs POSIX signals and limits")
+linux_only = pytest.mark.skipif(sys.platform != "linux", reason="needs Linux's /proc, /dev/full or capabilities")
 
 
 @contextlib.contextmanager
 def started(*words: str, **options: object) -> Iterator[subprocess.Popen[str]]:
     """Python with these words on its command line, in the project's folder; killed at the end of the block."""
-    process = subprocess.Popen([sys.executable, *words], cwd=ROOT, text=True, stdout=subprocess.PIPE,
-                               stderr=subprocess.PIPE, env={**os.environ, "OMP_NUM_THREADS": "1"}, **options)
+    options = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, **options}
+    process = subprocess.Popen([sys.executable, *words], cwd=ROOT, text=True,
+                               env={**os.environ, "OMP_NUM_THREADS": "1"}, **options)
     try:
         yield process
     finally:
@@ -32,24 +35,24 @@ def started(*words: str, **options: object) -> Iterator[subprocess.Popen[str]]:
 
 
 def finished(*words: str, **options: object) -> subprocess.CompletedProcess[str]:
-    """The same, waited for."""
+    """The same process when it has ended."""
     with started(*words, **options) as process:
-        output, errors = process.communicate(timeout=PATIENCE)
+        output, errors = process.communicate(timeout=TIMEOUT)
     return subprocess.CompletedProcess(words, process.returncode, output, errors)
 
 
-def wait_until(happened: Callable[[], bool], process: subprocess.Popen[str]) -> bool:
-    """Whether it has happened before the process ended."""
-    end = time.monotonic() + PATIENCE
+def wait_until(condition: Callable[[], bool], process: subprocess.Popen[str]) -> bool:
+    """Wait for `condition` while the process runs; returns whether it came true before the process ended."""
+    end = time.monotonic() + TIMEOUT
     while process.poll() is None:
-        if happened():
+        if condition():
             return True
-        assert time.monotonic() < end, "nothing happened"
+        assert time.monotonic() < end, "timed out"
         time.sleep(0.0005)
     return False
 
 
-def lines_until_epoch(process: subprocess.Popen[str], epoch: int) -> None:
+def read_until_epoch(process: subprocess.Popen[str], epoch: int) -> None:
     """Read a training's output up to the line of this epoch."""
     for line in process.stdout:
         if line.startswith("epoch") and int(line.split()[1].split("/")[0]) >= epoch:
@@ -58,7 +61,7 @@ def lines_until_epoch(process: subprocess.Popen[str], epoch: int) -> None:
 
 
 def workers(process: subprocess.Popen[str]) -> list[int]:
-    """The processes that torchrun has started, by rank."""
+    """Ids of the processes that a torchrun has started, by rank."""
     ranks = {}
     for folder in Path("/proc").glob("[0-9]*"):
         with contextlib.suppress(OSError):
@@ -72,9 +75,4 @@ def workers(process: subprocess.Popen[str]) -> list[int]:
 
 def kill(process: subprocess.Popen[str]) -> None:
     process.send_signal(signal.SIGKILL)
-    process.wait(PATIENCE)
-
-
-def weights(run: Path) -> dict[str, torch.Tensor]:
-    """The weights in float32 that a run ended with."""
-    return torch.load(run / "checkpoint.pt", weights_only=True)["model"]
+    process.wait(TIMEOUT)

@@ -1,27 +1,28 @@
-"""What a training survives: being killed, damaged checkpoints, a full disk, a folder that is read-only or gone.
+"""Crash safety: kills, signals, damaged checkpoints, full disks, and folders that are read-only or gone.
 
-Processes are really killed and disks really full (to a process that may not write so much). Those of twenty kills take
-minutes: `python -m pytest -m slow`.
+Processes are really killed, and disks are really full (to a process that may write no more). The test with twenty kills
+takes minutes: `python -m pytest -m slow`.
 """
 
 import ctypes
 import os
 import random
-import resource
 import shutil
 import signal
 import subprocess
 import sys
 import time
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, redirect_stdout, suppress
 from pathlib import Path
 
 import pytest
-import torch
 
-import runs
+import train_cnn
+from common import files
+from common.command_line import exit_status
 from tests.helpers import (
+    MACHINE,
     ROOT,
     STEPS_PER_EPOCH,
     TINY,
@@ -36,68 +37,72 @@ from tests.helpers import (
     same_weights,
     train_tiny,
 )
-from tests.processes import finished, kill, started, wait_until
+from tests.processes import finished, kill, linux_only, posix_only, started, wait_until
+from training import run_folder
+from training.checkpoint import read_checkpoint
 
-CNN = ("--synthetic", "--widths", "8,16,16", "--sides", "16,20,32", "--batch-size", "500",
-       "--precision", "float32", "--device", "cpu", "--threads", "1", "--quiet")  # 10 steps an epoch
+CHECKPOINT, PREVIOUS = "checkpoint.safetensors", "checkpoint-previous.safetensors"
+CNN = ("--synthetic", "--widths", "8,16,16", "--blocks", "1,1,1", "--sides", "16,20,32", "--batch-size", "500",
+       "--refresh-norms", "500", *MACHINE)  # 10 steps per epoch
 
 
 @pytest.fixture(autouse=True)
 def no_figures(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(runs, "save_figure", lambda figure, path: None)
+    monkeypatch.setattr(run_folder, "save_figure", lambda figure, path: None)
 
 
 # ---------------------------------------------------------------------------------------------------------------------
-# Killed
+# Kills
 # ---------------------------------------------------------------------------------------------------------------------
 
 
 class Victim:
-    """A training that is killed at moments of several kinds and resumed each time."""
+    """A training that is killed several times, at moments of several kinds, and resumed after each kill."""
 
     def __init__(self, results_dir: Path, epochs: int, chance: random.Random) -> None:
         self.results_dir, self.run, self.chance = results_dir, results_dir / "fast-s0", chance
-        self.flags = (*CNN, "--epochs", str(epochs))
-        self.hits: list[str] = []  # what was hit: files half written, else the kind of moment
+        self.checkpoint = self.run / CHECKPOINT
+        self.start = (*CNN, "--epochs", str(epochs))
+        self.hits: list[str] = []  # per kill: "half written" if it left a partial file, else the kind of moment
 
-    def live(self, moment: str | None) -> None:
-        """Start or go on, until that moment or the end. The moments are
+    def flags(self) -> tuple[str, ...]:
+        """Flags that start the training, or resume it."""
+        started_before = (self.run / "config.json").exists()
+        flags = ("--resume", "fast-s0", "--quiet") if started_before else self.start
+        return (*flags, "--checkpoint-every", "0", "--results-dir", str(self.results_dir))
 
-        start: within its first five seconds, at the latest after the first step; step: after a few more steps;
-        write: while a checkpoint is written; epoch: when an epoch, and with it maybe a resolution, has just ended.
+    def run_and_kill(self, moment: str) -> None:
+        """Start or resume the training and kill it at a moment of this kind:
+
+        start: within five seconds, at the latest after the first step; step: a few steps later; write: while a
+        checkpoint is written; epoch: when an epoch, and possibly a resolution, has just ended.
         """
-        flags = ("--resume", "fast-s0", "--quiet") if (self.run / "config.json").exists() else self.flags
-        with started("train_cnn.py", *flags, "--checkpoint-every", "0", "--results-dir",
-                     str(self.results_dir)) as process:
-            if moment is None:
-                assert process.wait() == 0
-                return
+        with started("train_cnn.py", *self.flags()) as process:
             if moment == "start":
-                end, before = time.monotonic() + self.chance.uniform(0, 5), mtime(self.run / "checkpoint.pt")
-                wait_until(lambda: time.monotonic() > end or mtime(self.run / "checkpoint.pt") != before, process)
+                end, before = time.monotonic() + self.chance.uniform(0, 5), mtime(self.checkpoint)
+                wait_until(lambda: time.monotonic() > end or mtime(self.checkpoint) != before, process)
             elif not self.wait_for(moment, process):
                 pytest.fail(f"it ended before it could be killed: {process.stderr.read()}")
             kill(process)
-        partial = [path.name for path in self.run.glob(".*.partial")] if self.run.exists() else []
+        partial = self.run.exists() and any(self.run.glob(".*.partial"))
         self.hits.append("half written" if partial else moment)
 
     def wait_for(self, moment: str, process: subprocess.Popen[str]) -> bool:
-        checkpoint, table = self.run / "checkpoint.pt", self.run / "metrics.csv"
+        """Wait for that moment; returns whether the process still runs."""
 
-        def step() -> bool:
-            """Whether a further step has been taken, each of which writes a checkpoint."""
-            before = mtime(checkpoint)
-            return wait_until(lambda: mtime(checkpoint) != before, process)
+        def change_of(path: Path) -> bool:
+            before = mtime(path)
+            return wait_until(lambda: mtime(path) != before, process)
 
-        going = all(step() for _ in range(self.chance.randint(1, 5)))
+        steps = self.chance.randint(1, 5)
+        running = all(change_of(self.checkpoint) for _ in range(steps))  # each step writes one
         if moment == "write":
-            going = going and wait_until(lambda: any(self.run.glob(".checkpoint.pt.*.partial")), process)
+            running = running and wait_until(lambda: any(self.run.glob(f".{CHECKPOINT}.*.partial")), process)
         elif moment == "epoch":
-            before = mtime(table)
-            going = going and wait_until(lambda: mtime(table) != before, process)
+            running = running and change_of(self.run / "metrics.csv")
         else:
             time.sleep(self.chance.uniform(0, 0.1))
-        return going and process.poll() is None
+        return running and process.poll() is None
 
 
 def mtime(path: Path) -> int:
@@ -108,166 +113,186 @@ def mtime(path: Path) -> int:
 
 
 def check_kills(results_dir: Path, moments: list[str], epochs: int, seed: int) -> list[str]:
-    """Kill a training at all of these moments; it must end as one that nothing happened to. Returns what was hit."""
+    """Kill a training at all of these moments; it must end like an undisturbed one. Returns `Victim.hits`."""
     victim = Victim(results_dir, epochs, random.Random(seed))
     for moment in moments:
-        victim.live(moment)
+        victim.run_and_kill(moment)
         rows = metrics(victim.run) if (victim.run / "metrics.csv").exists() else []
         assert [row["epoch"] for row in rows] == [str(number + 1) for number in range(len(rows))]
-    victim.live(None)
     whole = results_dir / "whole"
-    assert finished("train_cnn.py", *victim.flags, "--name", "whole", "--results-dir", str(results_dir)).returncode == 0
+    undisturbed = (*victim.start, "--name", "whole", "--results-dir", str(results_dir))
+    for flags in (victim.flags(), undisturbed):
+        assert exit_status(lambda flags=flags: train_cnn.main([*flags])) == 0
     assert same_weights(victim.run, whole)
     assert metrics(victim.run) == metrics(whole)
-    ends = [read_json(run / "result.json") for run in (victim.run, whole)]
-    same = ("train_loss", "train_acc", "val_loss", "val_acc", "epochs", "train_flops")
-    assert [ends[0][name] for name in same] == [ends[1][name] for name in same]
-    assert set(contents(victim.run)) == set(contents(whole))  # nothing half written is left
+    results = [read_json(run / "result.json") for run in (victim.run, whole)]
+    for name in ("train_loss", "train_acc", "val_loss", "val_acc", "epochs", "train_flops"):
+        assert results[0][name] == results[1][name]
+    left, right = (contents(run).keys() - {Path("loss.png")} for run in (victim.run, whole))
+    assert left == right  # no partial file is left
     return victim.hits
 
 
-def test_a_training_killed_while_it_writes_ends_as_if_nothing_had_been(tmp_path: Path) -> None:
+@posix_only
+def test_a_training_killed_while_writing_loses_nothing(tmp_path: Path) -> None:
     check_kills(tmp_path, ["write"], epochs=1, seed=0)
 
 
+@posix_only
 @pytest.mark.slow
-def test_a_training_killed_at_twenty_moments_ends_as_if_nothing_had_been(tmp_path: Path) -> None:
-    moments = ["start", "write", "step", "epoch", "write"] * 4
-    hits = check_kills(tmp_path, moments, epochs=12, seed=1)
+def test_a_training_killed_twenty_times_loses_nothing(tmp_path: Path) -> None:
+    hits = check_kills(tmp_path, ["start", "write", "step", "epoch", "write"] * 4, epochs=12, seed=1)
     assert len(hits) == 20
     assert "half written" in hits
 
 
-# ---------------------------------------------------------------------------------------------------------------------
-# Stopped
-# ---------------------------------------------------------------------------------------------------------------------
-
-
 SLOW_STEPS = """
-import signal, sys, time, engine, train_mlp
-from settings import exit_status
-signal.signal(signal.SIGINT, signal.default_int_handler)  # a shell has what it starts with & ignore it
-step = engine.training_step
+import signal, sys, time, train_mlp
+from common.command_line import exit_status
+from training import loop
+signal.signal(signal.SIGINT, signal.default_int_handler)  # a shell lets what it starts with & ignore it
+step = loop.training_step
 def slow_step(*arguments):
     outcome = step(*arguments)
-    print("a step", flush=True)
+    print("step", flush=True)
     time.sleep(30)
     return outcome
-engine.training_step = slow_step
+loop.training_step = slow_step
 sys.exit(exit_status(lambda: train_mlp.main(sys.argv[1:])))
 """
 
 
+@posix_only
 @pytest.mark.parametrize("number", [signal.SIGINT, pytest.param(signal.SIGTERM, marks=pytest.mark.slow)])
-def test_a_second_signal_ends_it_at_once(number: signal.Signals, tmp_path: Path) -> None:
+def test_a_second_signal_ends_a_training_at_once(number: signal.Signals, tmp_path: Path) -> None:
     with started("-c", SLOW_STEPS, *TINY, "--results-dir", str(tmp_path)) as process:
-        assert any(line == "a step\n" for line in process.stdout)
+        assert any(line == "step\n" for line in process.stdout)
         process.send_signal(number)
-        with pytest.raises(subprocess.TimeoutExpired):  # it waits for the end of the step
+        with pytest.raises(subprocess.TimeoutExpired):  # the first one waits for the end of the step
             process.wait(0.5)
         process.send_signal(number)
         _, errors = process.communicate(timeout=20)
     assert process.returncode in (128 + number, -number)  # for a shell both are 128 + number
     assert "Traceback" not in errors
-    assert not (tmp_path / "mlp-s0" / "checkpoint.pt").exists()
+    assert not (tmp_path / "mlp-s0" / CHECKPOINT).exists()
 
 
 # ---------------------------------------------------------------------------------------------------------------------
-# Damaged
+# Damaged checkpoints
 # ---------------------------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def stopped_once(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A results folder with two runs of the same training: "mlp-s0", stopped after three steps with a checkpoint after
+    each, and "whole".
+    """
+    results_dir = tmp_path_factory.mktemp("stopped") / "results"
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(run_folder, "save_figure", lambda figure, path: None)
+        assert train_tiny(results_dir, "--name", "whole") == 0
+        after_step(patch, 3, lambda: signal.raise_signal(signal.SIGINT))
+        assert train_tiny(results_dir, "--checkpoint-every", "0") == 128 + signal.SIGINT
+    return results_dir
 
 
 @pytest.fixture
-def stopped(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> Path:
-    """A run that was stopped after its third step with a checkpoint after each, and the weights it should end with."""
-    with monkeypatch.context() as patch:
-        after_step(patch, 3, lambda: signal.raise_signal(signal.SIGINT))
-        assert train_tiny(tmp_path, "--checkpoint-every", "0") == 130
-    assert train_tiny(tmp_path, "--name", "whole") == 0
-    capsys.readouterr()
-    return tmp_path / "mlp-s0"
+def stopped(stopped_once: Path, tmp_path: Path) -> Path:
+    """The stopped run, in a results folder of the test's own."""
+    return shutil.copytree(stopped_once, tmp_path / "results") / "mlp-s0"
 
 
 def steps(path: Path) -> int:
-    return torch.load(path, weights_only=True)["progress"]["step"]
+    return read_checkpoint(path)[1]["progress"]["step"]
 
 
-def ends_as_the_whole(run: Path) -> bool:
-    assert resume(run.parent, run.name) == 0
-    return same_weights(run, run.parent / "whole") and metrics(run) == metrics(run.parent / "whole")
+def resumes_to_the_same_end(run: Path) -> bool:
+    """Whether the run, resumed, ends like the undisturbed one."""
+    whole = run.parent / "whole"
+    return resume(run.parent, run.name) == 0 and same_weights(run, whole) and metrics(run) == metrics(whole)
 
 
 def truncate(path: Path) -> None:
     path.write_bytes(path.read_bytes()[:-2000])
 
 
-def flip_a_bit_at_the_end(path: Path) -> None:
-    """Where the archive says where its directory is."""
+def flip_a_bit(path: Path, bit: int | None = None) -> None:
+    """Flip this bit of the file, by default one in the middle, in the weights."""
     content = bytearray(path.read_bytes())
-    content[-45] ^= 1
+    byte, shift = divmod(4 * len(content) if bit is None else bit, 8)
+    content[byte] ^= 1 << shift
     path.write_bytes(content)
 
 
-def flip_a_bit(path: Path) -> None:
-    """In the middle of the file, where the weights are."""
-    content = bytearray(path.read_bytes())
-    content[len(content) // 2] ^= 4
-    path.write_bytes(content)
+def test_the_previous_checkpoint_is_kept_until_the_end(stopped: Path) -> None:
+    assert (steps(stopped / CHECKPOINT), steps(stopped / PREVIOUS)) == (3, 2)
+    assert resumes_to_the_same_end(stopped)
+    assert not (stopped / PREVIOUS).exists()
 
 
-def test_the_previous_checkpoint_is_kept_until_the_run_is_finished(stopped: Path) -> None:
-    assert (steps(stopped / "checkpoint.pt"), steps(stopped / "checkpoint-previous.pt")) == (3, 2)
-    assert ends_as_the_whole(stopped)
-    assert not (stopped / "checkpoint-previous.pt").exists()
+def test_every_flipped_bit_in_a_checkpoint_is_noticed(stopped: Path) -> None:
+    """In the length of the header, in the header, in the tensors."""
+    path, chance = stopped / CHECKPOINT, random.Random(0)
+    intact = path.read_bytes()
+    header = 8 * (8 + int.from_bytes(intact[:8], "little"))
+    bits = [*range(64), *(chance.randrange(64, header) for _ in range(150)),
+            *(chance.randrange(header, 8 * len(intact)) for _ in range(30)), 8 * len(intact) - 1]
+    for bit in bits:
+        flip_a_bit(path, bit)
+        with pytest.raises(ValueError):
+            read_checkpoint(path)
+        flip_a_bit(path, bit)
+    assert path.read_bytes() == intact
+    read_checkpoint(path)
 
 
-@pytest.mark.parametrize("damage", [truncate, flip_a_bit, flip_a_bit_at_the_end, lambda path: path.write_bytes(b""),
+@pytest.mark.parametrize("damage", [truncate, flip_a_bit, lambda path: path.write_bytes(b""),
                                     lambda path: path.write_text("x" * 5000)])
-def test_a_damaged_checkpoint_is_passed_over_with_a_warning(
+def test_a_damaged_checkpoint_falls_back_to_the_previous(
     damage: object, stopped: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    damage(stopped / "checkpoint.pt")
-    assert ends_as_the_whole(stopped)
+    damage(stopped / CHECKPOINT)
+    assert resumes_to_the_same_end(stopped)
     (line,) = capsys.readouterr().err.splitlines()
-    assert line.startswith("warning: ") and "checkpoint.pt is damaged" in line
+    assert line.startswith("warning: ") and f"{CHECKPOINT} is damaged" in line
 
 
-def test_the_next_checkpoint_does_not_push_out_the_only_good_one(
-    stopped: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    """Power goes again during the first checkpoint after a damaged one was passed over."""
-    truncate(stopped / "checkpoint.pt")
+def test_the_only_good_checkpoint_is_not_replaced_too_soon(stopped: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A second power cut, during the first checkpoint after a damaged one."""
+    truncate(stopped / CHECKPOINT)
     with monkeypatch.context() as patch:
         after_step(patch, 1, lambda: signal.raise_signal(signal.SIGINT))
-        assert resume(stopped.parent, stopped.name) == 130
-    truncate(stopped / "checkpoint.pt")
-    assert ends_as_the_whole(stopped)
+        assert resume(stopped.parent, stopped.name) == 128 + signal.SIGINT
+    truncate(stopped / CHECKPOINT)
+    assert resumes_to_the_same_end(stopped)
 
 
-def test_a_training_killed_between_the_two_renamings_goes_on(stopped: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    (stopped / "checkpoint.pt").rename(stopped / "checkpoint-previous.pt")
-    assert ends_as_the_whole(stopped)
+def test_a_kill_between_the_two_renames_loses_nothing(stopped: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    (stopped / CHECKPOINT).rename(stopped / PREVIOUS)
+    assert resumes_to_the_same_end(stopped)
     assert capsys.readouterr().err == ""
 
 
-def test_if_both_checkpoints_are_damaged_nothing_is_trained(stopped: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    truncate(stopped / "checkpoint.pt")
-    flip_a_bit(stopped / "checkpoint-previous.pt")
+def test_two_damaged_checkpoints_are_an_error(stopped: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    truncate(stopped / CHECKPOINT)
+    flip_a_bit(stopped / PREVIOUS)
     before = contents(stopped)
     assert resume(stopped.parent, stopped.name) == 2
     line = error_line(capsys)
-    assert "checkpoint.pt" in line and "checkpoint-previous.pt" in line and "delete both" in line
+    assert CHECKPOINT in line and PREVIOUS in line and "delete both" in line
     assert contents(stopped) == before
 
 
 # ---------------------------------------------------------------------------------------------------------------------
-# No room, no right, no folder
+# Full disks, missing memory, missing folders
 # ---------------------------------------------------------------------------------------------------------------------
 
 
 @contextmanager
 def disk_full_above(size: int) -> Iterator[None]:
-    """No file may grow above `size` bytes: the system's limit, at which a write fails as on a full disk."""
+    """Let no file grow above `size` bytes: at this limit of the system a write fails as on a full disk."""
+    import resource  # POSIX only
+
     before = resource.getrlimit(resource.RLIMIT_FSIZE)
     resource.setrlimit(resource.RLIMIT_FSIZE, (size, before[1]))
     try:
@@ -276,31 +301,31 @@ def disk_full_above(size: int) -> Iterator[None]:
         resource.setrlimit(resource.RLIMIT_FSIZE, before)
 
 
-def test_a_full_disk_costs_nothing_but_the_steps_since_the_last_checkpoint(
-    stopped: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
-    before, size = contents(stopped), (stopped / "checkpoint.pt").stat().st_size
+@posix_only
+def test_a_full_disk_leaves_the_last_checkpoint_in_place(stopped: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    before, size = contents(stopped), (stopped / CHECKPOINT).stat().st_size
     with disk_full_above(size // 2):
         assert resume(stopped.parent, stopped.name, "--checkpoint-every", "0") == 2
     line = error_line(capsys)
-    assert "checkpoint.pt" in line and "full" in line
+    assert CHECKPOINT in line and "full" in line
     assert contents(stopped) == before
-    assert ends_as_the_whole(stopped)
+    assert resumes_to_the_same_end(stopped)
 
 
+@posix_only
 @pytest.mark.parametrize("size", [0, 100])
-def test_no_run_is_begun_on_a_full_disk(size: int, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_no_run_is_started_on_a_full_disk(size: int, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     with disk_full_above(size):
         assert train_tiny(tmp_path) == 2
     error_line(capsys)
     assert run_names(tmp_path) == []
 
 
-@pytest.mark.parametrize("file", ["checkpoint.pt", "metrics.csv", "model.safetensors", "result.json"])
-def test_whatever_cannot_be_written_the_run_can_be_finished_later(
+@pytest.mark.parametrize("file", [CHECKPOINT, "metrics.csv", "model.safetensors", "result.json"])
+def test_a_run_can_be_finished_after_any_failed_write(
     file: str, stopped: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    flush = runs._flush
+    flush = files.flush_to_disk
 
     def full(path: Path) -> None:
         if file in path.name:
@@ -308,84 +333,21 @@ def test_whatever_cannot_be_written_the_run_can_be_finished_later(
         flush(path)
 
     with monkeypatch.context() as patch:
-        patch.setattr(runs, "_flush", full)
+        for module in (files, run_folder):
+            patch.setattr(module, "flush_to_disk", full)
         assert resume(stopped.parent, stopped.name) == 2
     assert file in error_line(capsys)
-    assert ends_as_the_whole(stopped)
+    assert resumes_to_the_same_end(stopped)
 
 
-def test_a_network_too_large_for_the_machine_is_not_even_begun(
-    tmp_path: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
+def test_a_network_too_large_for_the_memory_is_refused(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert train_tiny(tmp_path, "--widths", ",".join(["65536"] * 9)) == 2
     assert "GiB of memory" in error_line(capsys)
     assert run_names(tmp_path) == []
 
 
-def test_words_that_cannot_be_written_are_one_line(tmp_path: Path) -> None:
-    with open("/dev/full", "w") as full:
-        done = subprocess.run([sys.executable, "train_mlp.py", *TINY, "--results-dir", str(tmp_path)], cwd=ROOT,
-                              stdout=full, stderr=subprocess.PIPE, text=True, timeout=60)
-    assert done.returncode == 2
-    (line,) = done.stderr.splitlines()
-    assert line.startswith("error: ") and "full" in line
-
-
-def test_a_reader_who_has_enough_ends_it_without_a_word(tmp_path: Path) -> None:
-    with started("train_mlp.py", *TINY, "--results-dir", str(tmp_path)) as process:
-        process.stdout.close()  # as `| head` does
-        errors = process.stderr.read()
-        process.wait()
-    assert process.returncode == 128 + signal.SIGPIPE
-    assert errors == ""
-
-
-@pytest.mark.slow
-def test_closed_streams_are_no_matter(tmp_path: Path) -> None:
-    noisy = [word for word in TINY if word != "--quiet"]
-    done = subprocess.run(["sh", "-c", 'exec "$@" >&- 2>&-', "sh", sys.executable, "train_mlp.py", *noisy,
-                           "--results-dir", str(tmp_path)], cwd=ROOT, timeout=60)
-    assert done.returncode == 0
-    assert (tmp_path / "mlp-s0" / "result.json").exists()
-
-
-def without_the_right_to_write_anywhere() -> None:
-    """Root may write what is read-only: let the process that is started next not have that privilege."""
-    PR_CAPBSET_DROP, CAP_DAC_OVERRIDE = 24, 1
-    if os.geteuid() == 0:
-        assert ctypes.CDLL(None).prctl(PR_CAPBSET_DROP, CAP_DAC_OVERRIDE, 0, 0, 0) == 0
-
-
-def test_a_read_only_results_folder_is_one_line(tmp_path: Path) -> None:
-    tmp_path.chmod(0o555)
-    try:
-        done = finished("train_mlp.py", *TINY, "--results-dir", str(tmp_path),
-                        preexec_fn=without_the_right_to_write_anywhere)
-    finally:
-        tmp_path.chmod(0o755)
-    assert done.returncode == 2
-    (line,) = done.stderr.splitlines()
-    assert line.startswith("error: ") and "read-only" in line
-    assert run_names(tmp_path) == []
-
-
-@pytest.mark.slow
-def test_a_read_only_run_keeps_its_checkpoint(stopped: Path) -> None:
-    before = contents(stopped)
-    stopped.chmod(0o555)
-    try:
-        done = finished("train_mlp.py", "--resume", stopped.name, "--quiet", "--results-dir", str(stopped.parent),
-                        preexec_fn=without_the_right_to_write_anywhere)
-    finally:
-        stopped.chmod(0o755)
-    assert done.returncode == 2
-    assert len(done.stderr.splitlines()) == 1
-    assert contents(stopped) == before
-    assert ends_as_the_whole(stopped)
-
-
 @pytest.mark.parametrize("gone", ["mlp-s0", "."])  # the run's folder, and that of all runs
-def test_a_results_folder_that_vanishes_is_one_line(
+def test_a_results_folder_that_vanishes_is_an_error(
     gone: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     results_dir = tmp_path / "results"
@@ -393,3 +355,80 @@ def test_a_results_folder_that_vanishes_is_one_line(
         after_step(patch, STEPS_PER_EPOCH + 2, lambda: shutil.rmtree(results_dir / gone))
         assert train_tiny(results_dir) == 2
     assert "gone" in error_line(capsys)
+
+
+def drop_the_privilege_of_root() -> None:
+    """Root may write to read-only folders: take that privilege from the process about to be started."""
+    PR_CAPBSET_DROP, CAP_DAC_OVERRIDE = 24, 1
+    if os.geteuid() == 0:
+        assert ctypes.CDLL(None).prctl(PR_CAPBSET_DROP, CAP_DAC_OVERRIDE, 0, 0, 0) == 0
+
+
+@contextmanager
+def read_only(folder: Path) -> Iterator[None]:
+    folder.chmod(0o555)
+    try:
+        yield
+    finally:
+        folder.chmod(0o755)
+
+
+@linux_only
+def test_a_read_only_results_folder_is_an_error(tmp_path: Path) -> None:
+    with read_only(tmp_path):
+        done = finished("train_mlp.py", *TINY, "--results-dir", str(tmp_path), preexec_fn=drop_the_privilege_of_root)
+    assert done.returncode == 2
+    (line,) = done.stderr.splitlines()
+    assert line.startswith("error: ") and "read-only" in line
+    assert run_names(tmp_path) == []
+
+
+@linux_only
+@pytest.mark.slow
+def test_a_read_only_run_keeps_its_checkpoint(stopped: Path) -> None:
+    before = contents(stopped)
+    with read_only(stopped):
+        done = finished("train_mlp.py", "--resume", stopped.name, "--quiet", "--results-dir", str(stopped.parent),
+                        preexec_fn=drop_the_privilege_of_root)
+    assert done.returncode == 2
+    assert len(done.stderr.splitlines()) == 1
+    assert contents(stopped) == before
+    assert resumes_to_the_same_end(stopped)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Closed streams, other systems
+# ---------------------------------------------------------------------------------------------------------------------
+
+
+@linux_only
+def test_output_to_a_full_disk_is_an_error(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    with suppress(OSError), open("/dev/full", "w") as full, redirect_stdout(full):
+        status = train_tiny(tmp_path)
+    assert status == 2
+    assert "full" in error_line(capsys)
+
+
+@linux_only
+def test_help_to_a_full_disk_and_a_closed_pipe(tmp_path: Path) -> None:
+    """Two processes at once, since starting them takes longest."""
+    flags = (*TINY, "--results-dir", str(tmp_path))
+    with open("/dev/full", "w") as full, started("train_mlp.py", "--help", stdout=full) as helped, \
+            started("train_mlp.py", *flags) as headed:
+        headed.stdout.close()  # as `| head` does
+        errors = [process.stderr.read() for process in (helped, headed)]
+        statuses = [process.wait() for process in (helped, headed)]
+    assert statuses == [2, 128 + signal.SIGPIPE]
+    (line,) = errors[0].splitlines()
+    assert line.startswith("error: ") and "full" in line
+    assert errors[1] == ""
+
+
+@posix_only
+@pytest.mark.slow
+def test_closed_streams_do_not_stop_a_training(tmp_path: Path) -> None:
+    noisy = [word for word in TINY if word != "--quiet"]
+    done = subprocess.run(["sh", "-c", 'exec "$@" >&- 2>&-', "sh", sys.executable, "train_mlp.py", *noisy,
+                           "--results-dir", str(tmp_path)], cwd=ROOT, timeout=60)
+    assert done.returncode == 0
+    assert (tmp_path / "mlp-s0" / "result.json").exists()

@@ -1,19 +1,55 @@
-"""Who may import whom: training never sees test pictures, evaluation never sees an optimizer, imports go one way."""
+"""The layout of the project: who imports whom, who may open the test set, and how code and documents are written."""
 
 import ast
 import re
+from collections import Counter
+from collections.abc import Iterator
 from functools import cache
 from pathlib import Path
 
 import pytest
 
 ROOT = Path(__file__).resolve().parents[1]
-SOURCES = sorted(path for path in (*ROOT.glob("*.py"), *ROOT.glob("*/*.py")) if path.parent.name != "tests")
-USE_RECIPES = {"explore.py", "sanity_checks.py", "tune.py"}  # and benchmarks/: they train with what a script declares
-MODULES = [path for path in SOURCES if path.parent.name != "benchmarks" and path.name not in USE_RECIPES]
-SCRIPTS = sorted(path.stem for path in (*ROOT.glob("train_*.py"), ROOT / "evaluate.py"))
-EVALUATION = [ROOT / "evaluate.py", *sorted(ROOT.glob("evaluation/*.py"))]
-PROSE_AND_CODE = ("*.py", "*/*.py", "*.md", "*/*.md", "Makefile", "*.toml", "*.yml", ".ci/*", ".github/*/*")
+SCRIPTS = ("train_mlp", "train_cnn", "evaluate", "predict")
+SHARED = {"models", "common", "utils"}
+EVERYTHING = {*SHARED, "training", "evaluation", *SCRIPTS}
+MAY_IMPORT = {  # by room, and for the modules at the top level by module; nothing may import tools and benchmarks
+    "models": {"models"},
+    "data": set(),
+    "common": {"models", "common"},
+    "utils": {"common", "data"},
+    "training": {*SHARED, "training"},
+    "evaluation": {*SHARED, "evaluation"},
+    "train_mlp": {*SHARED, "training"},
+    "train_cnn": {*SHARED, "training"},
+    "evaluate": {*SHARED, "evaluation"},
+    "predict": {*SHARED, "evaluation"},
+    "tools": EVERYTHING,
+    "benchmarks": EVERYTHING,
+    "docs": set(),
+}
+PACKAGES = {"models", "common", "training", "evaluation", "tools", "benchmarks"}
+POSIX = {"fcntl", "resource", "termios", "pwd", "grp"}
+
+
+def files(*patterns: str) -> list[Path]:
+    """Files of the project that match, without results/ and hidden folders such as .venv/."""
+    found = {path for pattern in patterns for path in ROOT.glob(pattern) if path.is_file()}
+    return sorted(path for path in found if not name(path).startswith(("results/", ".")))
+
+
+def name(path: Path) -> str:
+    return path.relative_to(ROOT).as_posix()
+
+
+def room(path: Path) -> str:
+    return path.relative_to(ROOT).with_suffix("").parts[0]
+
+
+ALL = files("*.py", "*/*.py", "*/*/*.py")
+SOURCES = [path for path in ALL if room(path) != "tests"]
+DOCUMENTS = files("*.md", "docs/*.md", "data/*.md")
+TEXTS = [*ALL, *DOCUMENTS, *files("Makefile", "*.toml", "*.cff", "requirements*.txt", "evaluation/*.html")]
 
 
 @cache
@@ -21,86 +57,178 @@ def parsed(path: Path) -> ast.Module:
     return ast.parse(path.read_text(encoding="utf-8"))
 
 
-def imports(path: Path) -> set[str]:
-    """Dotted names of all that a file imports, wherever in it: `from a.b import c` counts as a, a.b and a.b.c."""
+def modules_in(node: ast.AST) -> set[str]:
+    """Dotted names that an import statement imports: `from a.b import c` counts as a, a.b and a.b.c."""
     names = set()
-    for node in ast.walk(parsed(path)):
-        if isinstance(node, ast.Import):
-            names |= {alias.name for alias in node.names}
-        elif isinstance(node, ast.ImportFrom):
-            assert node.level == 0, f"{path} has a relative import, which this test does not follow"
-            names |= {f"{node.module}.{alias.name}" for alias in node.names}
-    parts = [name.split(".") for name in names]
+    if isinstance(node, ast.Import):
+        names = {alias.name for alias in node.names}
+    elif isinstance(node, ast.ImportFrom):
+        assert node.level == 0, "a relative import, which this test does not follow"
+        names = {f"{node.module}.{alias.name}" for alias in node.names}
+    parts = [dotted.split(".") for dotted in names]
     return {".".join(words[:count]) for words in parts for count in range(1, len(words) + 1)}
 
 
-def imports_in_turn(path: Path) -> set[str]:
-    """What a file imports, by way of this project's other files too."""
+@cache
+def imports(path: Path) -> frozenset[str]:
+    """Dotted names of everything that a file imports, also inside functions."""
+    return frozenset().union(*map(modules_in, ast.walk(parsed(path))))
+
+
+def indirect_imports(path: Path) -> set[str]:
+    """Dotted names of everything that a file imports, itself or through other files of the project."""
     seen, todo = set(), [path]
     while todo:
         new = imports(todo.pop()) - seen
         seen |= new
-        files = [ROOT.joinpath(*name.split(".")) for name in new]
-        todo += [file for name in files for file in (name.with_suffix(".py"), name / "__init__.py") if file.exists()]
+        paths = [ROOT.joinpath(*dotted.split(".")) for dotted in new]
+        todo += [file for path in paths for file in (path.with_suffix(".py"), path / "__init__.py") if file.exists()]
     return seen
 
 
 def names_used(path: Path) -> set[str]:
-    """Every name that a file's code mentions: variables, attributes and what it imports."""
+    """Every name that a file's code mentions: variables, attributes, imports."""
     nodes = list(ast.walk(parsed(path)))
     return {node.id for node in nodes if isinstance(node, ast.Name)} \
         | {node.attr for node in nodes if isinstance(node, ast.Attribute)} \
-        | {name.split(".")[-1] for name in imports(path)}
+        | {dotted.split(".")[-1] for dotted in imports(path)}
 
 
-def test_only_who_reports_opens_the_test_set():
-    users = {str(path.relative_to(ROOT)) for path in SOURCES if "load_test_set" in names_used(path)}
-    assert "evaluation/runs.py" in users
-    assert users <= {"evaluation/runs.py", "explore.py"}
-    ways_around = {"_load_official", "make_synthetic"}
-    assert {path.name for path in SOURCES if ways_around & names_used(path)} == {"utils.py"}
+def function(path: Path, name: str) -> ast.FunctionDef:
+    return next(node for node in parsed(path).body if isinstance(node, ast.FunctionDef) and node.name == name)
 
 
-@pytest.mark.parametrize("path", EVALUATION, ids=lambda path: str(path.relative_to(ROOT)))
-def test_evaluation_sees_no_optimizer(path):
-    assert not {"engine", "torch.optim", "overfit"} & imports_in_turn(path)
-    assert "optim" not in names_used(path)
+def calls(node: ast.AST) -> set[str]:
+    """Names of the functions and methods that are called in it."""
+    called = [inner.func for inner in ast.walk(node) if isinstance(inner, ast.Call)]
+    return {target.id if isinstance(target, ast.Name) else getattr(target, "attr", "") for target in called}
 
 
-def test_who_trains_sees_no_test_pictures_by_way_of_evaluation():
-    training = {path.name: path for path in SOURCES if "optimizers" in imports_in_turn(path)}
-    assert training.keys() >= {"engine.py", "train_mlp.py", "train_cnn.py", "time_to_accuracy.py"}
-    assert [name for name, path in training.items() if "evaluation.runs" in imports_in_turn(path)] == []
+# ---------------------------------------------------------------------------------------------------------------------
+# Rooms and imports
+# ---------------------------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("path", sorted(ROOT.glob("models/*.py")), ids=lambda path: path.name)
-def test_models_know_nothing_of_data_files_or_training(path):
-    forbidden = {"utils", "settings", "runs", "engine", "hardware", "overfit", "data", *SCRIPTS}
-    assert not forbidden & imports(path)
+def test_the_top_level_has_the_scripts_and_the_loader() -> None:
+    assert {path.name for path in ROOT.glob("*.py")} == {*(f"{script}.py" for script in SCRIPTS), "utils.py"}
+    assert {room(path) for path in SOURCES} == set(MAY_IMPORT)
 
 
-def test_utils_knows_nothing_of_settings_runs_training_or_models():
-    forbidden = {"settings", "runs", "engine", "models", "hardware", "overfit", *SCRIPTS}
-    assert not forbidden & imports_in_turn(ROOT / "utils.py")
+def test_imports_go_one_way() -> None:
+    ours = set(MAY_IMPORT) | {"tests"}
+    wrong = {name(path): sorted((imports(path) & ours) - MAY_IMPORT[room(path)]) for path in SOURCES}
+    assert {file: rooms for file, rooms in wrong.items() if rooms} == {}
 
 
-@pytest.mark.parametrize("path", MODULES, ids=lambda path: str(path.relative_to(ROOT)))
-def test_no_module_imports_a_script(path):
-    assert not set(SCRIPTS) & imports(path)
+def test_each_room_states_its_rule() -> None:
+    rules = {room(path): ast.get_docstring(parsed(path)) for path in files("*/__init__.py")}
+    assert rules.keys() >= PACKAGES
+    assert [package for package, rule in rules.items() if not rule] == []
 
 
-def test_no_file_names_a_folder_of_somebodys_machine():
-    folders = [f"/{name}/" for name in ("home", "root", "Users")]
-    files = [path for pattern in PROSE_AND_CODE for path in ROOT.glob(pattern) if path.is_file()]
-    assert {path.name for path in files} >= {"README.md", "Makefile", "utils.py", "test_layout.py"}
-    found = {f"{path.relative_to(ROOT)}: {folder}" for path in files for folder in folders
-             if folder in path.read_text(encoding="utf-8", errors="replace")}
-    assert not found
+def test_no_two_modules_share_a_name() -> None:
+    counts = Counter(path.stem for path in ALL if path.stem != "__init__")
+    assert [stem for stem, count in counts.items() if count > 1] == []
 
 
-@pytest.mark.parametrize("document", [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))], ids=lambda p: p.name)
-def test_what_a_document_links_to_is_there(document):
+def test_no_file_edits_the_import_path() -> None:
+    edits = [name(path) for path in ALL for node in ast.walk(parsed(path))
+             if isinstance(node, ast.Attribute) and node.attr == "path" and getattr(node.value, "id", "") == "sys"]
+    assert edits == []
+
+
+def test_no_module_needs_posix_to_be_imported() -> None:
+    """Imports inside a function are allowed."""
+
+    def at_import(node: ast.AST) -> Iterator[ast.AST]:
+        yield node
+        if not isinstance(node, (ast.FunctionDef, ast.Lambda)):
+            for child in ast.iter_child_nodes(node):
+                yield from at_import(child)
+
+    found = {name(path): POSIX & set().union(*map(modules_in, at_import(parsed(path)))) for path in ALL}
+    assert {file: modules for file, modules in found.items() if modules} == {}
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Honesty: training sees no test image, evaluation sees no optimizer
+# ---------------------------------------------------------------------------------------------------------------------
+
+
+def test_only_two_modules_open_the_test_set() -> None:
+    users = {name(path) for path in SOURCES if "load_test_set" in names_used(path)}
+    assert users == {"evaluation/finished_runs.py", "tools/explore.py"}
+    other_ways = {"_load_official", "make_synthetic"}
+    assert {name(path) for path in SOURCES if other_ways & names_used(path)} == {"utils.py"}
+
+
+def test_what_trains_cannot_reach_the_test_set() -> None:
+    trains = [path for path in SOURCES if "training.optimizers" in indirect_imports(path)]
+    assert {name(path) for path in trains} >= {"training/loop.py", "train_mlp.py", "train_cnn.py", "tools/tune.py",
+                                               "benchmarks/time_to_accuracy.py"}
+    assert [name(path) for path in trains if "evaluation.finished_runs" in indirect_imports(path)] == []
+
+
+def test_evaluation_sees_no_optimizer() -> None:
+    for path in (*files("evaluation/*.py"), ROOT / "evaluate.py", ROOT / "predict.py"):
+        assert not {"training", "torch.optim"} & indirect_imports(path), name(path)
+        assert "optim" not in names_used(path), name(path)
+
+
+@pytest.mark.parametrize("script", ["train_mlp.py", "train_cnn.py"])
+def test_a_script_is_three_calls_from_backward(script: str) -> None:
+    main = function(ROOT / script, "main")
+    assert 15 <= main.end_lineno - main.lineno + 1 <= 40
+    assert "train" in calls(main) and {"training.loop.train"} <= imports(ROOT / script)
+    assert "training_step" in calls(function(ROOT / "training" / "loop.py", "train"))
+    assert "backward" in calls(function(ROOT / "training" / "loop.py", "training_step"))
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Documents and English
+# ---------------------------------------------------------------------------------------------------------------------
+
+
+def test_no_file_names_a_folder_of_a_personal_machine() -> None:
+    folders = [f"/{folder}/" for folder in ("home", "root", "Users")]
+    found = {f"{name(path)}: {folder}" for path in (*TEXTS, *ROOT.glob(".ci/*"), *ROOT.glob(".github/*/*.yml"))
+             for folder in folders if folder in path.read_text(encoding="utf-8")}
+    assert found == set()
+
+
+@pytest.mark.parametrize("document", DOCUMENTS, ids=name)
+def test_links_in_documents_work(document: Path) -> None:
     links = re.findall(r'(?:\]\(|src=")([^)#"\s]+)', document.read_text(encoding="utf-8"))
-    files = [document.parent / link for link in links if "://" not in link]
-    assert [str(file) for file in files if not file.exists()] == []
-    assert [str(file) for file in files if file.suffix == ".png" and file.stat().st_size > 300_000] == []
+    linked = [document.parent / link for link in links if "://" not in link]
+    assert [str(file) for file in linked if not file.exists()] == []
+    assert [str(file) for file in linked if file.suffix == ".png" and file.stat().st_size > 300_000] == []
+
+
+STILTED = re.compile("|".join((
+    r"(?<!there )\bis no (JSON|list|name|file|image|folder|number|run)\b",
+    r"\bso many (pixels|epochs|images|outputs|steps)\b",
+    r"\b(images|pictures|rows?|epochs?|runs?|steps?) a (step|epoch|seed|batch|second\b(?! time))",
+    r"\b(go|goes|going) on with\b", r"\bthe state is saved\b", r"\bcheckpoint stands\b",
+    r"\banew\b", r"\bbeside\b", r"\b(is|are|be) told\b(?! apart)", r"\bas if nothing had been\b",
+    r"\bcontradict each other\b", r"\bmeans? nothing with\b", r"\b(softmax|ReLU) too many\b",
+    r"\b(learn(ed|t)?|knows?|known) by heart\b", r"\bas often right as\b",
+    r"\bmachine's moods?\b", r"\bcloser look beats\b",
+    "What you may rely on", "What survives what", "Files from strangers",
+    r"(?i:behaviour|neighbour|favour|learnt|\bcolours?\b|\bgrey\b|\bcentred?\b|\blabelled\b)",
+    r"(?i:(memor|normal|initial|optim)is[ei])",
+)))
+
+
+def test_english_is_plain_and_american() -> None:
+    """No phrase that reads as if translated: there is a plainer one for each."""
+    found = [f"{name(path)}:{number}: {match.group()}" for path in TEXTS if path != Path(__file__).resolve()
+             for number, line in enumerate(path.read_text(encoding="utf-8").splitlines(), start=1)
+             if (match := STILTED.search(line))]
+    assert found == []
+
+
+def test_docstrings_open_with_a_noun_or_a_verb() -> None:
+    documented = (ast.Module, ast.ClassDef, ast.FunctionDef)
+    docstrings = [(name(path), ast.get_docstring(node) or "") for path in ALL for node in ast.walk(parsed(path))
+                  if isinstance(node, documented)]
+    assert [(file, text.splitlines()[0]) for file, text in docstrings if text.startswith(("What ", "Whoever "))] == []

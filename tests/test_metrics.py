@@ -1,4 +1,4 @@
-"""The numbers that are reported, against hand-worked and published ones."""
+"""The reported numbers, against hand-worked and published ones."""
 
 import math
 
@@ -22,11 +22,11 @@ from evaluation.metrics import (
 
 
 def test_measure_agrees_with_a_hand_worked_case() -> None:
-    """Four classes, 0 and 1 of superclass 0, 2 and 3 of superclass 1."""
+    """Four classes: 0 and 1 in superclass 0, 2 and 3 in superclass 1."""
     probabilities = np.array([
-        [0.30, 0.25, 0.40, 0.05],  # class 0: the class is missed, but 0.55 is on its superclass
-        [0.10, 0.60, 0.20, 0.10],  # class 1: right, and so is its superclass
-        [0.15, 0.05, 0.50, 0.30],  # class 2: right, and so is its superclass
+        [0.30, 0.25, 0.40, 0.05],  # class 0: wrong, but its superclass has 0.55
+        [0.10, 0.60, 0.20, 0.10],  # class 1: correct, and so is its superclass
+        [0.15, 0.05, 0.50, 0.30],  # class 2: correct, and so is its superclass
         [0.70, 0.10, 0.15, 0.05],  # class 3: both wrong
     ])
     numbers = measure(np.log(probabilities), np.arange(4), np.array([0, 0, 1, 1]))
@@ -43,8 +43,8 @@ def test_top5_counts_the_fifth_place_and_not_the_sixth() -> None:
     assert numbers["top5"] == 50
 
 
-def test_a_tie_makes_no_more_than_five_guesses() -> None:
-    """A network that answers the same to everything does not get 100% for it."""
+def test_ties_do_not_raise_the_top5_accuracy() -> None:
+    """A network with equal logits for all classes does not score 100%."""
     numbers = measure(np.zeros((100, 100)), np.arange(100), np.arange(100) // 5)
     assert numbers["top1"] == 1
     assert numbers["top5"] <= 5
@@ -52,7 +52,7 @@ def test_a_tie_makes_no_more_than_five_guesses() -> None:
     assert numbers["cross_entropy"] == pytest.approx(np.log(100))
 
 
-def test_measure_takes_half_precision_and_large_logits() -> None:
+def test_measure_accepts_half_precision_and_large_logits() -> None:
     logits = (60_000 * np.eye(4)).astype(np.float16)
     numbers = measure(logits, np.arange(4), np.array([0, 0, 1, 1]))
     assert numbers == {"top1": 100, "top5": 100, "superclass": 100, "cross_entropy": 0}
@@ -64,44 +64,44 @@ def test_interval95_agrees_with_published_intervals(right: int, n: int, low: flo
     assert interval95(100 * right / n, n) == pytest.approx((low, high), abs=0.006)
 
 
-def test_the_average_is_of_probabilities_and_not_of_logits() -> None:
+def test_probabilities_are_averaged_and_not_logits() -> None:
     one, other = np.array([[0.9, 0.1], [0.5, 0.5]]), np.array([[0.2, 0.8], [0.0001, 0.9999]])
-    mean = average([np.log(one) + 3, np.log(other).astype(np.float32)])  # logits are free in a constant
+    mean = average([np.log(one) + 3, np.log(other).astype(np.float32)])  # a constant added to logits does not matter
     np.testing.assert_allclose(np.exp(mean), [[0.55, 0.45], [0.25005, 0.74995]], rtol=1e-5)
     np.testing.assert_allclose(softmax(mean), np.exp(mean))
 
 
 # ---------------------------------------------------------------------------------------------------------------------
-# Mistakes
+# Errors
 # ---------------------------------------------------------------------------------------------------------------------
 
 LABELS = np.array([0, 0, 0, 1, 1, 1, 2, 2, 2])
 PREDICTED = np.array([0, 1, 1, 1, 1, 2, 0, 2, 2])
 
 
-def test_the_confusion_matrix_has_a_row_a_label_and_a_column_a_guess() -> None:
+def test_confusion_rows_are_labels_and_columns_predictions() -> None:
     assert confusion_matrix(PREDICTED, LABELS, 4).tolist() == [[1, 2, 0, 0], [0, 2, 1, 0], [1, 0, 2, 0], [0, 0, 0, 0]]
 
 
-def test_class_accuracy_is_the_share_of_a_class_that_is_right() -> None:
+def test_class_accuracy_is_the_correct_share_of_a_class() -> None:
     accuracy = class_accuracy(PREDICTED, LABELS, 4)
     np.testing.assert_allclose(accuracy[:3], [100 / 3, 200 / 3, 200 / 3])
-    assert math.isnan(accuracy[3])  # there is no picture of it
+    assert math.isnan(accuracy[3])  # it has no images
 
 
-def test_confused_pairs_come_in_order_and_have_a_direction() -> None:
+def test_confused_pairs_are_ordered_and_directed() -> None:
     confusion = confusion_matrix(PREDICTED, LABELS, 4)
     assert confused_pairs(confusion, 2) == [(0, 1, 2), (1, 2, 1)]
-    assert confused_pairs(confusion, 100) == [(0, 1, 2), (1, 2, 1), (2, 0, 1)]  # none that never happened
+    assert confused_pairs(confusion, 100) == [(0, 1, 2), (1, 2, 1), (2, 0, 1)]  # only those that happened
 
 
-def test_confident_mistakes_are_wrong_and_the_surest_comes_first() -> None:
+def test_confident_mistakes_are_sorted_by_confidence() -> None:
     probabilities = np.array([[0.99, 0.01], [0.2, 0.8], [0.9, 0.1], [0.45, 0.55]])
     assert confident_mistakes(probabilities, np.array([0, 0, 1, 0]), 5).tolist() == [2, 1, 3]
     assert confident_mistakes(probabilities, np.array([0, 0, 1, 0]), 1).tolist() == [2]
 
 
-def test_superclasses_are_read_off_the_labels() -> None:
+def test_superclasses_follow_from_the_labels() -> None:
     assert coarse_of_fine(np.array([3, 0, 1, 2, 0]), np.array([0, 1, 0, 1, 1]), 4).tolist() == [1, 0, 1, 0]
 
 
@@ -111,30 +111,30 @@ def test_superclasses_are_read_off_the_labels() -> None:
 
 
 def test_the_calibration_error_agrees_with_a_hand_worked_case() -> None:
-    """Two bins: up to 0.75 it is 0.65 sure and right every time, above it 0.9 sure and right half the time."""
-    sure = np.array([0.6, 0.7, 0.8, 0.8, 1.0, 1.0])
-    found = calibration(np.stack([sure, 1 - sure], axis=1), np.array([0, 0, 0, 1, 1, 0]), bins=4)
+    """Two bins: confidence 0.65 with accuracy 1 up to 0.75, confidence 0.9 with accuracy 0.5 above."""
+    confidence = np.array([0.6, 0.7, 0.8, 0.8, 1.0, 1.0])
+    found = calibration(np.stack([confidence, 1 - confidence], axis=1), np.array([0, 0, 0, 1, 1, 0]), bins=4)
     assert found.count.tolist() == [0, 0, 2, 4]
     np.testing.assert_allclose(found.confidence, [np.nan, np.nan, 65, 90])
     np.testing.assert_allclose(found.accuracy, [np.nan, np.nan, 100, 50])
     assert found.ece == pytest.approx((2 * 35 + 4 * 40) / 6)
-    assert found.overall == pytest.approx((np.mean(100 * sure), 100 * 4 / 6))
+    assert found.overall == pytest.approx((np.mean(100 * confidence), 100 * 4 / 6))
 
 
-def test_a_bin_has_its_upper_edge() -> None:
+def test_a_bin_contains_its_upper_edge() -> None:
     found = calibration(np.array([[0.5, 0.5], [0.5, 0.5]]), np.array([0, 1]), bins=2)
     assert found.count.tolist() == [2, 0]
     assert found.ece == 0
 
 
 def draw_labels(probabilities: np.ndarray) -> np.ndarray:
-    """Labels that come with just these probabilities."""
+    """Labels drawn with these probabilities."""
     draws = np.random.default_rng(1).random((len(probabilities), 1))
     return (draws > probabilities.cumsum(1)).sum(1)
 
 
 @pytest.mark.parametrize("planted", [0.5, 1.0, 3.0])
-def test_a_planted_temperature_is_found_again(planted: float) -> None:
+def test_a_planted_temperature_is_recovered(planted: float) -> None:
     logits = np.random.default_rng(0).normal(size=(20_000, 10)) * 2
     labels = draw_labels(softmax(logits))
     found = fit_temperature((planted * logits).astype(np.float32), labels.astype(np.uint8))
@@ -156,26 +156,26 @@ def test_no_other_temperature_has_a_smaller_cross_entropy() -> None:
 
 
 # ---------------------------------------------------------------------------------------------------------------------
-# Which of two is better
+# Comparing two networks
 # ---------------------------------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize(("only_a", "only_b", "p"), [
     (0, 0, 1.0), (1, 0, 1.0), (5, 5, 1.0),
-    (0, 5, 2 / 32),  # five tosses, all of them tails
-    (1, 9, 22 / 1024),  # ten tosses, at most one of them heads
+    (0, 5, 2 / 32),  # five tosses, all tails
+    (1, 9, 22 / 1024),  # ten tosses, at most one head
     (9, 1, 22 / 1024),
 ])
-def test_mcnemar_is_a_coin_toss_for_every_picture_they_differ_on(only_a: int, only_b: int, p: float) -> None:
-    both = [True] * 7 + [False] * 3  # do not count
+def test_mcnemar_tosses_a_coin_per_differing_image(only_a: int, only_b: int, p: float) -> None:
+    both = [True] * 7 + [False] * 3  # these do not count
     outcome = mcnemar(np.array([True] * only_a + [False] * only_b + both),
                       np.array([False] * only_a + [True] * only_b + both))
     assert (outcome.only_a, outcome.only_b) == (only_a, only_b)
     assert outcome.p == pytest.approx(p)
 
 
-def test_mcnemar_of_thousands_of_pictures_neither_overflows_nor_stops_at_zero() -> None:
-    right = np.repeat([True, False], [950, 1050])
+def test_mcnemar_of_thousands_of_images_does_not_overflow() -> None:
+    correct = np.repeat([True, False], [950, 1050])
     normal = math.erfc((100 - 1) / math.sqrt(2 * 2000))  # the normal approximation, corrected for continuity
-    assert mcnemar(right, ~right).p == pytest.approx(normal, rel=0.01)
+    assert mcnemar(correct, ~correct).p == pytest.approx(normal, rel=0.01)
     assert 0 <= mcnemar(np.ones(4000, dtype=bool), np.zeros(4000, dtype=bool)).p < 1e-300

@@ -1,4 +1,4 @@
-"""Classifying pictures of any kind, what is said of files that are none, whose weights are taken, and the export."""
+"""Classifying images of any kind, refusing other files, finding the weights, and exporting a network."""
 
 import json
 import random
@@ -14,18 +14,19 @@ from PIL import Image, ImageFile
 from torch import Tensor
 
 import predict
+from common.command_line import exit_status
+from common.errors import UserError
 from models import create_model, save_model
-from predict import classify, find_weights, read_picture
-from settings import exit_status
+from predict import classify, find_weights, read_image
 from tests.helpers import ROOT, error_line
-from utils import COARSE_NAMES, COARSE_OF_FINE, FINE_NAMES, UserError
+from utils import COARSE_NAMES, COARSE_OF_FINE, FINE_NAMES
 
 RED, BLUE = (250, 10, 20), (10, 30, 240)
 
 
 @pytest.fixture(scope="module")
 def results_dir(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A results folder with two published recipes, of which the better has weights for seed 1 only, and an own run."""
+    """A results folder with two published recipes, the better one with weights for seed 1 only, and own runs."""
     folder = tmp_path_factory.mktemp("results")
     for seed, run in enumerate(("published/good-s0", "published/good-s1", "published/poor-s0", "mine", "drawn")):
         torch.manual_seed(seed)
@@ -58,8 +59,8 @@ def run_json(results_dir: Path, capsys: pytest.CaptureFixture[str], *words: str 
     return status, json.loads(capsys.readouterr().out)
 
 
-def colour(picture: Tensor, row: int, column: int) -> tuple[int, ...]:
-    return tuple(picture[:, row, column].tolist())
+def color(image: Tensor, row: int, column: int) -> tuple[int, ...]:
+    return tuple(image[:, row, column].tolist())
 
 
 def near(a: tuple[int, ...], b: tuple[int, ...], within: int = 12) -> bool:
@@ -67,20 +68,20 @@ def near(a: tuple[int, ...], b: tuple[int, ...], within: int = 12) -> bool:
 
 
 # ---------------------------------------------------------------------------------------------------------------------
-# What is read
+# Reading images
 # ---------------------------------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("suffix", ["png", "jpg", "webp", "gif", "bmp", "tif", "ppm"])
-def test_a_picture_is_the_same_in_every_format(tmp_path: Path, halves: Image.Image, suffix: str) -> None:
+def test_an_image_is_the_same_in_every_format(tmp_path: Path, halves: Image.Image, suffix: str) -> None:
     halves.save(tmp_path / f"x.{suffix}")
-    picture = read_picture(tmp_path / f"x.{suffix}")
-    assert picture.dtype == torch.uint8 and picture.shape == (3, 32, 32)
-    assert near(colour(picture, 4, 4), RED) and near(colour(picture, 28, 28), BLUE)
+    image = read_image(tmp_path / f"x.{suffix}")
+    assert image.dtype == torch.uint8 and image.shape == (3, 32, 32)
+    assert near(color(image, 4, 4), RED) and near(color(image, 28, 28), BLUE)
 
 
 @pytest.mark.parametrize("mode", ["1", "L", "P", "LA", "RGBA", "CMYK", "I;16", "I", "F"])
-def test_every_mode_has_its_brightness(tmp_path: Path, mode: str) -> None:
+def test_every_mode_keeps_its_brightness(tmp_path: Path, mode: str) -> None:
     levels = np.repeat(np.repeat(np.uint8([[0, 255], [255, 0]]), 20, 0), 20, 1)
     image = Image.fromarray(levels)
     if mode in ("I;16", "I"):
@@ -89,95 +90,95 @@ def test_every_mode_has_its_brightness(tmp_path: Path, mode: str) -> None:
         image = image.convert(mode)
     assert image.mode == mode
     image.save(tmp_path / "x.tif")
-    picture = read_picture(tmp_path / "x.tif")
+    image = read_image(tmp_path / "x.tif")
     for row, column, level in ((4, 4, 0), (4, 28, 255), (28, 4, 255), (28, 28, 0)):
-        assert near(colour(picture, row, column), (level,) * 3, within=3)
+        assert near(color(image, row, column), (level,) * 3, within=3)
 
 
 @pytest.mark.parametrize("suffix", ["png", "tif"])
-def test_sixteen_bits_of_grey_are_scaled_and_not_cut_off(tmp_path: Path, suffix: str) -> None:
+def test_16_bit_gray_is_scaled_and_not_clipped(tmp_path: Path, suffix: str) -> None:
     Image.fromarray(np.full((40, 40), 100 * 257, np.uint16)).save(tmp_path / f"x.{suffix}")
-    assert read_picture(tmp_path / f"x.{suffix}").unique().tolist() == [100]
+    assert read_image(tmp_path / f"x.{suffix}").unique().tolist() == [100]
 
 
-def test_what_is_transparent_is_white(tmp_path: Path, halves: Image.Image) -> None:
+def test_transparent_pixels_become_white(tmp_path: Path, halves: Image.Image) -> None:
     alpha = Image.new("L", halves.size, 255)
     alpha.paste(0, (0, 0, 64, 32))
     halves.putalpha(alpha)
     halves.save(tmp_path / "rgba.png")
     halves.save(tmp_path / "palette.gif")
     board = np.where(np.indices((64, 64)).sum(0)[..., None] % 2, np.uint8(RED), np.uint8(BLUE))
-    Image.fromarray(board).save(tmp_path / "keyed.png", transparency=RED)  # in every second pixel
+    Image.fromarray(board).save(tmp_path / "keyed.png", transparency=RED)  # every second pixel
     for file in ("rgba.png", "palette.gif"):
-        assert colour(read_picture(tmp_path / file), 4, 4) == (255, 255, 255), file
-        assert near(colour(read_picture(tmp_path / file), 28, 4), BLUE), file
-    assert near(colour(read_picture(tmp_path / "keyed.png"), 9, 9), tuple((255 + level) // 2 for level in BLUE))
+        assert color(read_image(tmp_path / file), 4, 4) == (255, 255, 255), file
+        assert near(color(read_image(tmp_path / file), 28, 4), BLUE), file
+    assert near(color(read_image(tmp_path / "keyed.png"), 9, 9), tuple((255 + level) // 2 for level in BLUE))
 
 
 @pytest.mark.parametrize("suffix", ["jpg", "png", "webp", "tif"])
 @pytest.mark.parametrize("orientation", range(1, 9))
-def test_a_camera_held_otherwise_does_not_matter(
+def test_exif_orientation_is_undone(
     tmp_path: Path, halves: Image.Image, orientation: int, suffix: str
 ) -> None:
-    """The picture is stored turned by the inverse of what its EXIF says, in a frame wider than high or the reverse."""
+    """The image is stored turned by the inverse of its EXIF orientation, in a frame that is not square."""
     undo = {2: Image.Transpose.FLIP_LEFT_RIGHT, 3: Image.Transpose.ROTATE_180, 4: Image.Transpose.FLIP_TOP_BOTTOM,
             5: Image.Transpose.TRANSPOSE, 6: Image.Transpose.ROTATE_90, 7: Image.Transpose.TRANSVERSE,
             8: Image.Transpose.ROTATE_270}
-    upright = Image.new("RGB", (100, 64), "green")  # green on both sides, which are not in the middle square
+    upright = Image.new("RGB", (100, 64), "green")  # green on both sides of the center square
     upright.paste(halves, (18, 0))
     upright.paste("white", (18, 0, 50, 32))
     stored = upright.transpose(undo[orientation]) if orientation in undo else upright
     exif = Image.Exif()
     exif[0x0112] = orientation
     stored.save(tmp_path / f"x.{suffix}", exif=exif)
-    picture = read_picture(tmp_path / f"x.{suffix}")
-    corners = [colour(picture, row, column) for row in (4, 28) for column in (4, 28)]
+    image = read_image(tmp_path / f"x.{suffix}")
+    corners = [color(image, row, column) for row in (4, 28) for column in (4, 28)]
     for found, expected in zip(corners, ((255, 255, 255), RED, BLUE, BLUE), strict=True):
         assert near(found, expected, within=25)
 
 
 @pytest.mark.parametrize("size", [(1, 1), (1, 400), (3, 2), (31, 33), (4000, 3000)])
-def test_any_size_will_do(tmp_path: Path, size: tuple[int, int]) -> None:
+def test_images_of_any_size_are_read(tmp_path: Path, size: tuple[int, int]) -> None:
     for suffix in ("png", "jpg"):
         Image.new("RGB", size, BLUE).save(tmp_path / f"x.{suffix}")
-        picture = read_picture(tmp_path / f"x.{suffix}")
-        assert picture.shape == (3, 32, 32)
-        assert near(colour(picture, 0, 0), BLUE) and near(colour(picture, 31, 31), BLUE)
+        image = read_image(tmp_path / f"x.{suffix}")
+        assert image.shape == (3, 32, 32)
+        assert near(color(image, 0, 0), BLUE) and near(color(image, 31, 31), BLUE)
 
 
 @pytest.mark.parametrize("mode", ["L", "P", "1"])
-def test_fine_patterns_are_averaged(tmp_path: Path, mode: str) -> None:
-    """A chequerboard of single pixels becomes grey; without antialiasing it becomes black, white or stripes."""
+def test_images_are_scaled_down_with_antialiasing(tmp_path: Path, mode: str) -> None:
+    """A checkerboard of single pixels becomes gray; without antialiasing, black, white or stripes."""
     board = np.uint8(255 * (np.indices((320, 320)).sum(0) % 2))
     Image.fromarray(board).convert(mode).save(tmp_path / "x.png")
-    picture = read_picture(tmp_path / "x.png")
-    assert int(picture.min()) >= 120 and int(picture.max()) <= 135
+    image = read_image(tmp_path / "x.png")
+    assert int(image.min()) >= 120 and int(image.max()) <= 135
 
 
-def test_a_picture_of_cifars_own_size_stays_as_it_is(tmp_path: Path) -> None:
+def test_an_image_of_32_pixels_is_unchanged(tmp_path: Path) -> None:
     pixels = np.random.default_rng(0).integers(0, 256, (32, 32, 3), dtype=np.uint8)
     Image.fromarray(pixels).save(tmp_path / "x.png")
-    assert np.array_equal(read_picture(tmp_path / "x.png").permute(1, 2, 0).numpy(), pixels)
+    assert np.array_equal(read_image(tmp_path / "x.png").permute(1, 2, 0).numpy(), pixels)
 
 
-def test_an_animation_is_its_first_frame(tmp_path: Path) -> None:
+def test_an_animation_is_read_as_its_first_frame(tmp_path: Path) -> None:
     Image.new("RGB", (40, 40), RED).save(tmp_path / "x.gif", save_all=True,
                                          append_images=[Image.new("RGB", (40, 40), BLUE)])
-    assert near(colour(read_picture(tmp_path / "x.gif"), 9, 9), RED)
+    assert near(color(read_image(tmp_path / "x.gif"), 9, 9), RED)
 
 
 # ---------------------------------------------------------------------------------------------------------------------
-# What is said
+# Predictions
 # ---------------------------------------------------------------------------------------------------------------------
 
 
-def test_five_classes_with_their_superclasses_the_likeliest_first(
+def test_five_guesses_are_printed_most_probable_first(
     results_dir: Path, tmp_path: Path, halves: Image.Image, capsys: pytest.CaptureFixture[str]
 ) -> None:
     halves.save(tmp_path / "x.png")
     assert run(results_dir, tmp_path / "x.png") == 0
-    network, file, *guesses = capsys.readouterr().out.splitlines()
-    assert "good-s1" in network and file == str(tmp_path / "x.png") and len(guesses) == 5
+    model, file, *guesses = capsys.readouterr().out.splitlines()
+    assert "good-s1" in model and file == str(tmp_path / "x.png") and len(guesses) == 5
     status, (answer,) = run_json(results_dir, capsys, tmp_path / "x.png")
     assert status == 0 and answer.keys() == {"file", "guesses"}
     probabilities = [guess["probability"] for guess in answer["guesses"]]
@@ -188,31 +189,31 @@ def test_five_classes_with_their_superclasses_the_likeliest_first(
         assert line.split()[0] == f"{guess['probability']:.1%}"
 
 
-def test_probabilities_are_those_of_the_networks_logits() -> None:
+def test_probabilities_are_the_softmax_of_the_logits() -> None:
     torch.manual_seed(0)
-    model, picture = create_model("mlp", widths=(8,)).eval(), torch.randint(256, (3, 32, 32), dtype=torch.uint8)
+    model, image = create_model("mlp", widths=(8,)).eval(), torch.randint(256, (3, 32, 32), dtype=torch.uint8)
     with torch.no_grad():
-        expected = model(picture[None] / 255)[0].softmax(0)
-    guesses = classify(model, picture, count=100)
+        expected = model(image[None] / 255)[0].softmax(0)
+    guesses = classify(model, image, count=100)
     assert [guess.name for guess in guesses] == [FINE_NAMES[fine] for fine in expected.argsort(descending=True)]
     torch.testing.assert_close(torch.tensor([guess.probability for guess in guesses]), expected.sort().values.flip(0))
 
 
-def test_of_a_folder_every_picture_and_nothing_else(
+def test_a_folder_stands_for_the_images_in_it(
     results_dir: Path, tmp_path: Path, halves: Image.Image, capsys: pytest.CaptureFixture[str]
 ) -> None:
     (tmp_path / "inside").mkdir()
     for name in ("b.png", "a.JPG", ".hidden.png", "inside/c.png"):
         halves.save(tmp_path / name)
-    (tmp_path / "notes.txt").write_text("not a picture")
-    (tmp_path / "broken.png").write_bytes(b"nor this")
-    status, told = run_json(results_dir, capsys, tmp_path)
-    assert [Path(answer["file"]).name for answer in told] == ["a.JPG", "b.png", "broken.png"]
-    assert [set(answer) - {"file"} for answer in told] == [{"guesses"}, {"guesses"}, {"error"}]
+    (tmp_path / "notes.txt").write_text("not an image")
+    (tmp_path / "broken.png").write_bytes(b"not this either")
+    status, given = run_json(results_dir, capsys, tmp_path)
+    assert [Path(answer["file"]).name for answer in given] == ["a.JPG", "b.png", "broken.png"]
+    assert [set(answer) - {"file"} for answer in given] == [{"guesses"}, {"guesses"}, {"error"}]
     assert status == 1
 
 
-def test_a_file_that_is_no_picture_has_one_line_and_the_others_are_answered(
+def test_a_bad_file_is_one_error_line_and_others_go_on(
     results_dir: Path, tmp_path: Path, halves: Image.Image, capsys: pytest.CaptureFixture[str]
 ) -> None:
     halves.save(tmp_path / "x.png")
@@ -228,7 +229,7 @@ def test_a_file_that_is_no_picture_has_one_line_and_the_others_are_answered(
 
 
 def bomb(width: int, height: int) -> bytes:
-    """A PNG whose header promises a picture of this size, which it does not have."""
+    """A PNG whose header claims this size, with hardly any pixels."""
     def chunk(kind: bytes, content: bytes) -> bytes:
         return struct.pack(">I", len(content)) + kind + content + struct.pack(">I", zlib.crc32(kind + content))
     header = struct.pack(">IIBBBBB", width, height, 8, 6, 0, 0, 0)
@@ -237,34 +238,34 @@ def bomb(width: int, height: int) -> bytes:
 
 
 @pytest.mark.parametrize("size", [(8001, 8000), (12_000, 12_000), (30_000, 30_000), (2**31 - 1, 2**31 - 1)])
-def test_a_header_that_promises_too_many_pixels_is_refused_before_decoding(
+def test_too_many_pixels_are_refused_before_decoding(
     tmp_path: Path, size: tuple[int, int], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     (tmp_path / "x.png").write_bytes(bomb(*size))
     monkeypatch.setattr(ImageFile.ImageFile, "load", lambda image: pytest.fail("it was decoded"))
     with pytest.raises(UserError, match="more than 64,000,000 pixels"):
-        read_picture(tmp_path / "x.png")
+        read_image(tmp_path / "x.png")
 
 
-def test_a_file_that_is_too_large_is_refused_unread(tmp_path: Path) -> None:
+def test_a_file_that_is_too_large_is_not_read(tmp_path: Path) -> None:
     with open(tmp_path / "x.webp", "wb") as file:
         file.write(b"RIFF\xff\xff\xff\x7fWEBPVP8 ")
         file.truncate(2**30)
     with pytest.raises(UserError, match="bytes"):
-        read_picture(tmp_path / "x.webp")
+        read_image(tmp_path / "x.webp")
 
 
-def test_postscript_is_not_run(tmp_path: Path, halves: Image.Image) -> None:
+def test_postscript_is_not_executed(tmp_path: Path, halves: Image.Image) -> None:
     halves.save(tmp_path / "x.eps")
-    with pytest.raises(UserError, match="format that is not read"):
-        read_picture(tmp_path / "x.eps")
+    with pytest.raises(UserError, match="not an image of a supported format"):
+        read_image(tmp_path / "x.eps")
 
 
 @pytest.mark.parametrize("suffix", ["png", "jpg", "gif", "webp", "bmp", "tif", "ico", "jp2"])
-def test_damage_of_any_kind_is_survived_in_silence(
+def test_a_damaged_image_is_read_or_refused_quietly(
     tmp_path: Path, halves: Image.Image, suffix: str, capfd: pytest.CaptureFixture[str]
 ) -> None:
-    """Cut short or with bytes changed, a file gives a picture or one line, and no decoder writes to stderr."""
+    """A truncated or changed file gives an image or one line, and no decoder writes to stderr."""
     extra = {"compression": "tiff_lzw"} if suffix == "tif" else {}
     halves.save(tmp_path / f"x.{suffix}", **extra)
     content, generator = (tmp_path / f"x.{suffix}").read_bytes(), random.Random(suffix)
@@ -276,34 +277,34 @@ def test_damage_of_any_kind_is_survived_in_silence(
             damaged = damaged[:generator.randrange(len(damaged))]
         (tmp_path / f"y.{suffix}").write_bytes(damaged)
         try:
-            assert read_picture(tmp_path / f"y.{suffix}").shape == (3, 32, 32)
+            assert read_image(tmp_path / f"y.{suffix}").shape == (3, 32, 32)
         except UserError as problem:
             assert str(problem).startswith(f"{tmp_path}") and "\n" not in str(problem)
     assert capfd.readouterr() == ("", "")
 
 
-def test_a_truncated_picture_is_an_error_and_no_half_answer(tmp_path: Path) -> None:
+def test_half_an_image_is_an_error(tmp_path: Path) -> None:
     noise = np.random.default_rng(0).integers(0, 256, (64, 64, 3), dtype=np.uint8)
     for suffix in ("png", "jpg", "gif", "webp", "tif"):
         Image.fromarray(noise).save(tmp_path / f"x.{suffix}")
         content = (tmp_path / f"x.{suffix}").read_bytes()
         (tmp_path / f"x.{suffix}").write_bytes(content[:len(content) // 2])
         with pytest.raises(UserError):
-            read_picture(tmp_path / f"x.{suffix}")
+            read_image(tmp_path / f"x.{suffix}")
 
 
 # ---------------------------------------------------------------------------------------------------------------------
-# Which network
+# Finding the weights
 # ---------------------------------------------------------------------------------------------------------------------
 
 
-def test_the_best_published_weights_that_are_there_are_taken_by_default(results_dir: Path) -> None:
+def test_the_best_published_weights_are_the_default(results_dir: Path) -> None:
     assert find_weights(None, results_dir) == results_dir / "published/good-s1/model.safetensors"
 
 
-def test_a_network_is_named_by_its_run_or_its_file(results_dir: Path) -> None:
+def test_weights_are_found_by_run_or_by_file(results_dir: Path) -> None:
     assert find_weights("mine", results_dir) == results_dir / "mine/model.safetensors"
-    for name in ("poor-s0", "published/poor-s0"):  # no own run has that name
+    for name in ("poor-s0", "published/poor-s0"):  # none of the own runs has that name
         assert find_weights(name, results_dir) == results_dir / "published/poor-s0/model.safetensors"
     file = results_dir / "mine/model.safetensors"
     assert find_weights(str(file), results_dir) == file
@@ -312,11 +313,11 @@ def test_a_network_is_named_by_its_run_or_its_file(results_dir: Path) -> None:
 @pytest.mark.parametrize(("name", "words"), [
     ("nothing", "there are: drawn, mine, published/good-s1, published/poor-s0"),
     ("published/good-s0", "there are: drawn, mine"),  # its weights are not published
-    ("drawn", "synthetic pictures"),
+    ("drawn", "synthetic images"),
     ("README.md", "cannot be read as a weights file"),
-    ("ten.safetensors", "does not tell CIFAR-100's 100 classes apart"),
+    ("ten.safetensors", "has 10 classes instead of 100"),
 ])
-def test_a_network_that_cannot_be_used_has_one_line(
+def test_unusable_weights_are_one_error_line(
     results_dir: Path, tmp_path: Path, name: str, words: str, capsys: pytest.CaptureFixture[str]
 ) -> None:
     save_model(create_model("mlp", widths=(8,), num_classes=10), tmp_path / "ten.safetensors")
@@ -327,14 +328,14 @@ def test_a_network_that_cannot_be_used_has_one_line(
 
 
 @pytest.mark.parametrize("words", [(), ("x.png", "--export", "y.onnx"), ("--export", "y.onnx", "--json")])
-def test_a_contradictory_command_line_has_one_line(
+def test_a_contradictory_command_is_one_error_line(
     results_dir: Path, words: tuple[str, ...], capsys: pytest.CaptureFixture[str]
 ) -> None:
     assert run(results_dir, *words) == 2
     error_line(capsys)
 
 
-def test_the_published_network_knows_the_drawing_of_the_readme(capsys: pytest.CaptureFixture[str]) -> None:
+def test_the_published_network_recognizes_the_drawing(capsys: pytest.CaptureFixture[str]) -> None:
     drawing = ROOT / "docs/figures/drawing.png"
     _, (answer,) = run_json(ROOT / "results", capsys, drawing, "--model", "published/fast-s0")
     assert (answer["guesses"][0]["class"], answer["guesses"][0]["superclass"]) == ("sunflower", "flowers")
@@ -345,7 +346,7 @@ def test_the_published_network_knows_the_drawing_of_the_readme(capsys: pytest.Ca
 # ---------------------------------------------------------------------------------------------------------------------
 
 
-def test_what_is_exported_gives_the_same_logits_for_any_number_of_pictures(
+def test_an_export_gives_the_same_logits_for_any_batch(
     results_dir: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     pytest.importorskip("onnxscript", reason="the export needs onnx and onnxscript (requirements-extra.txt)")
@@ -367,7 +368,7 @@ def test_what_is_exported_gives_the_same_logits_for_any_number_of_pictures(
     assert sorted(path.name for path in tmp_path.iterdir()) == ["x.onnx", "x.safetensors"]
 
 
-def test_an_export_replaces_no_file_and_leaves_none_behind_where_it_fails(
+def test_a_failed_export_changes_no_file(
     results_dir: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     (tmp_path / "x.onnx").write_text("precious")

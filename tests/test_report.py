@@ -1,7 +1,7 @@
-"""The report: what its file holds, and what it does in a real browser, where there is one.
+"""The report: its file and, where chromium is installed, its behavior in a real browser.
 
-The page under test has four pictures in each of three classes, every picture of one colour of its own, and two runs
-whose guesses were made by hand. Chromium is driven through chromedriver's own protocol (https://w3c.github.io/webdriver).
+The page under test has four images in each of three classes, each image in a single color, and two runs with
+hand-made predictions. Chromium is driven through chromedriver's protocol (https://w3c.github.io/webdriver).
 """
 
 import base64
@@ -22,27 +22,27 @@ import pytest
 import torch
 from PIL import Image
 
+from common.errors import UserError
 from evaluation import report
+from evaluation.finished_runs import FinishedRun
 from evaluation.report import write_report
-from evaluation.runs import FinishedRun
-from utils import UserError
 
-BEE = "</script><b>bee&"  # no markup, whatever it looks like
-CLASSES = ("red_ant", BEE, "crab", "worm", "oak", "elm")  # there are pictures of the first three
+BEE = "</script><b>bee&"  # looks like markup
+CLASSES = ("red_ant", BEE, "crab", "worm", "oak", "elm")  # there are images of the first three
 PER_CLASS = 4
-LABELS = np.tile(np.arange(3), PER_CLASS)  # in no order of classes, as the test set's
-COLOURS = np.random.default_rng(0).integers(40, 216, (len(LABELS), 3), dtype=np.uint8)
+LABELS = np.tile(np.arange(3), PER_CLASS)  # not sorted by class, like the test set
+COLORS = np.random.default_rng(0).integers(40, 216, (len(LABELS), 3), dtype=np.uint8)
 TEST = SimpleNamespace(
-    images=torch.from_numpy(COLOURS).view(-1, 3, 1, 1).expand(-1, 3, 32, 32).contiguous(),
+    images=torch.from_numpy(COLORS).view(-1, 3, 1, 1).expand(-1, 3, 32, 32).contiguous(),
     hashes=np.arange(len(LABELS), dtype=np.uint64), fine_labels=LABELS, coarse_labels=np.array([0, 0, 1])[LABELS],
     fine_names=CLASSES, coarse_names=("insects", "sea_animals", "trees"))
 
-CRABS = np.tile([0.1, 0.15, 0.7, 0.03, 0.015, 0.005], (len(LABELS), 1))  # a run that says crab to everything
+CRABS = np.tile([0.1, 0.15, 0.7, 0.03, 0.015, 0.005], (len(LABELS), 1))  # a run that predicts crab for every image
 GOOD = np.full((len(LABELS), len(CLASSES)), 0.08)
 GOOD[np.arange(len(LABELS)), LABELS] = 0.6
-GOOD[6] = 0.08, 0.9, 0.008, 0.006, 0.004, 0.002  # the third red ant: surely taken for a bee
-GOOD[7] = 0.2, 0.06, 0.7, 0.02, 0.015, 0.005  # the third bee: taken for a crab
-GOOD[9] = 0.996, 0.0015, 0.001, 0.0007, 0.0005, 0.0003  # the fourth red ant: the run is sure of it, and right
+GOOD[6] = 0.08, 0.9, 0.008, 0.006, 0.004, 0.002  # the third red ant: predicted as bee with confidence
+GOOD[7] = 0.2, 0.06, 0.7, 0.02, 0.015, 0.005  # the third bee: predicted as crab
+GOOD[9] = 0.996, 0.0015, 0.001, 0.0007, 0.0005, 0.0003  # the fourth red ant: correct, with confidence
 
 
 def make_run(folder: Path, probabilities: np.ndarray) -> FinishedRun:
@@ -67,7 +67,7 @@ ROWS = [make_row("small", 41.5, 900_000), make_row("large", 9.25, 10_000_000, 0.
 
 
 def make_report(folder: Path) -> Path:
-    """The report, in a `folder` that is made for it and for the runs it is about."""
+    """Write the report, in a new `folder` that holds its runs too."""
     from matplotlib.figure import Figure
 
     folder.mkdir()
@@ -76,7 +76,7 @@ def make_report(folder: Path) -> Path:
     good, crabs = make_run(folder / "good-s0", GOOD), make_run(folder / "crabs-s0", CRABS)
     path = folder / "report.html"
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(report, "COLUMNS", 3)  # so that the four pictures of a class take two rows
+        patch.setattr(report, "COLUMNS", 3)  # so that the four images of a class take two rows
         write_report([crabs, good], ROWS, TEST, good, {"Learning <curves>": figure}, path)
     return path
 
@@ -91,10 +91,10 @@ def path(tmp_path_factory: pytest.TempPathFactory) -> Path:
 # ---------------------------------------------------------------------------------------------------------------------
 
 
-def test_the_page_asks_for_nothing_that_is_not_in_it(path: Path) -> None:
+def test_the_page_needs_no_other_file(path: Path) -> None:
     text = path.read_text()
     addresses = re.findall(r"""(?:\b(?:src|srcset|href|action)=["']?|url\(["']?)([^"')\s]+)""", text)
-    assert len(addresses) >= 4  # the figure and the pictures of three classes
+    assert len(addresses) >= 4  # the figure and the images of three classes
     assert [address for address in addresses if not address.startswith("data:")] == []
 
 
@@ -102,14 +102,14 @@ def test_equal_inputs_give_equal_bytes(path: Path, tmp_path: Path) -> None:
     assert make_report(tmp_path / "second").read_bytes() == path.read_bytes()
 
 
-def test_a_page_too_large_is_refused_and_not_written(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_page_that_is_too_large_is_not_written(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(report, "MAX_BYTES", 10_000)
     with pytest.raises(UserError, match="MB"):
         make_report(tmp_path / "report")
     assert not (tmp_path / "report" / "report.html").exists()
 
 
-def test_the_figure_says_what_it_shows_to_who_cannot_see_it(path: Path) -> None:
+def test_a_figure_has_alternative_text(path: Path) -> None:
     assert 'alt="Learning &lt;curves&gt;: loss (nats) against epoch"' in path.read_text()
 
 
@@ -145,7 +145,7 @@ class Browser:
         return self._call("POST", "/goog/cdp/execute", cmd=command, params=parameters)
 
     def run(self, script: str, *arguments: Any) -> Any:
-        """What a function with this body returns in the page."""
+        """Run a function with this body in the page; returns its result."""
         return self._call("POST", "/execute/sync", script=script, args=list(arguments))
 
     def element(self, selector: str) -> str:
@@ -153,7 +153,7 @@ class Browser:
         return "/element/" + next(iter(element.values()))
 
     def texts(self, selector: str) -> list[str]:
-        """What a reader sees of each element that the selector names."""
+        """The visible text of each element that matches the selector."""
         return self.run("return [...document.querySelectorAll(arguments[0])].map((e) => e.innerText)", selector)
 
     def click(self, selector: str) -> None:
@@ -166,12 +166,12 @@ class Browser:
         self.click(f"{select} option[value='{option}']")
 
     def screenshot(self, selector: str = "") -> np.ndarray:
-        """uint8 [height, width, 3], of the window or of an element."""
+        """The window or an element, uint8 [height, width, 3]."""
         content = self._call("GET", (self.element(selector) if selector else "") + "/screenshot")
         return np.asarray(Image.open(io.BytesIO(base64.b64decode(content))).convert("RGB"))
 
     def errors(self) -> list[str]:
-        """What the console was told since the page was opened, or since the last time."""
+        """Messages on the console since the page was opened, or since the last call."""
         return [entry["message"] for entry in self._call("POST", "/se/log", type="browser")]
 
 
@@ -204,16 +204,16 @@ def gallery(page: Browser) -> list[str]:
     return page.run("return [...document.querySelectorAll('#gallery button')].map((e) => e.ariaLabel)")
 
 
-def test_it_tells_the_console_nothing(page: Browser) -> None:
+def test_the_console_stays_empty(page: Browser) -> None:
     page.choose("#run", "1")
     page.click("thead button")
     page.click("#gallery button")
     assert page.errors() == []
 
 
-def test_a_heading_sorts_by_its_column_and_back(page: Browser) -> None:
+def test_a_heading_sorts_its_column_in_both_orders(page: Browser) -> None:
     recipes = "tbody th"
-    assert page.texts(recipes) == ["middle", "small", "large"]  # the best first
+    assert page.texts(recipes) == ["middle", "small", "large"]  # best first
     assert page.run("return document.querySelector('[aria-sort=descending]').innerText") == "top-1 (%)"
     page.click("th:nth-child(7) button")
     assert page.texts(recipes) == ["small", "middle", "large"]  # by their parameters, as numbers
@@ -225,71 +225,71 @@ def test_a_heading_sorts_by_its_column_and_back(page: Browser) -> None:
     assert page.texts(recipes) == ["large", "middle", "small"]  # by their names
 
 
-def test_the_gallery_starts_with_a_class_surest_first(page: Browser) -> None:
-    assert gallery(page) == ["red ant, right, 100%", f"red ant, taken for {BEE}, 90%", *2 * ["red ant, right, 60%"]]
-    assert page.texts("#count") == ["4 pictures"]
+def test_the_gallery_starts_with_a_class_by_confidence(page: Browser) -> None:
+    assert gallery(page) == ["red ant, correct, 100%", f"red ant, predicted as {BEE}, 90%",
+                             *2 * ["red ant, correct, 60%"]]
+    assert page.texts("#count") == ["4 images"]
 
 
 def test_the_gallery_filters(page: Browser) -> None:
     page.choose("#class", "1")
     assert len(gallery(page)) == 4
     page.choose("#verdict", "wrong")
-    assert gallery(page) == [f"{BEE}, taken for crab, 70%"]
-    assert page.texts("#count") == ["1 picture"]
+    assert gallery(page) == [f"{BEE}, predicted as crab, 70%"]
+    assert page.texts("#count") == ["1 image"]
     page.choose("#class", "2")
     assert gallery(page) == []
-    assert page.texts("#count") == ["0 pictures"]
+    assert page.texts("#count") == ["0 images"]
     page.choose("#class", "")
     page.choose("#order", "1")
-    assert gallery(page) == [f"{BEE}, taken for crab, 70%", f"red ant, taken for {BEE}, 90%"]
+    assert gallery(page) == [f"{BEE}, predicted as crab, 70%", f"red ant, predicted as {BEE}, 90%"]
     page.choose("#verdict", "right")
     assert len(gallery(page)) == 10
 
 
-def test_another_runs_guesses_can_be_chosen(page: Browser) -> None:
+def test_another_run_can_be_chosen(page: Browser) -> None:
     assert page.texts("#run option") == ["good-s0", "crabs-s0"]  # the chosen one first
     page.choose("#run", "1")
-    assert gallery(page) == 4 * ["red ant, taken for crab, 70%"]
+    assert gallery(page) == 4 * ["red ant, predicted as crab, 70%"]
     page.choose("#class", "2")
-    assert gallery(page) == 4 * ["crab, right, 70%"]
+    assert gallery(page) == 4 * ["crab, correct, 70%"]
 
 
-def test_a_picture_shows_what_the_run_takes_it_for(page: Browser) -> None:
+def test_an_image_shows_its_five_guesses(page: Browser) -> None:
     page.click("#gallery button:nth-child(2)")
-    assert page.texts("#guesses h3") == [f"red ant, taken for {BEE}"]
+    assert page.texts("#guesses h3") == [f"red ant, predicted as {BEE}"]
     assert page.texts("#guesses li") == [f"{BEE}\n90%", "red ant\n8%", "crab\n1%", "worm\n1%", "oak\n<1%"]
     page.press("#gallery button:nth-child(2)", "\ue012")  # the left arrow key
     assert page.texts("#guesses li")[:2] == ["red ant\n100%", f"{BEE}\n<1%"]
 
 
-
-def test_every_picture_is_itself(page: Browser) -> None:
-    """Class by class: the k-th picture has the colour of the k-th picture of the class, in the list and enlarged."""
-    page.choose("#run", "1")  # equally sure of all, so that they are in their own order
+def test_every_image_has_its_own_pixels(page: Browser) -> None:
+    """In every class, the k-th image has the color of its k-th test image, in the gallery and enlarged."""
+    page.choose("#run", "1")  # equally confident about all, so they keep their order
     for label in range(3):
         page.choose("#class", str(label))
-        for place, colour in enumerate(COLOURS[label == LABELS], start=1):
+        for place, color in enumerate(COLORS[label == LABELS], start=1):
             page.click(f"#gallery button:nth-child({place})")
-            small, large = page.screenshot(f"#gallery button:nth-child({place})"), page.screenshot("#guesses .picture")
+            small, large = page.screenshot(f"#gallery button:nth-child({place})"), page.screenshot("#guesses .image")
             assert small.shape == (64, 64, 3)
             for shown in (small[8:40, 8:40], large[20:-20, 20:-20]):
-                np.testing.assert_allclose(shown.mean((0, 1)), colour, atol=12)  # WebP keeps colours nearly
+                np.testing.assert_allclose(shown.mean((0, 1)), color, atol=12)  # WebP changes colors slightly
 
 
-def test_a_long_list_comes_in_parts(browser: Browser, path: Path, tmp_path: Path) -> None:
+def test_a_long_gallery_is_shown_in_parts(browser: Browser, path: Path, tmp_path: Path) -> None:
     short = tmp_path / "report.html"
     short.write_text(path.read_text().replace("const PAGE = 100", "const PAGE = 7"))
     browser.open(short)
     browser.choose("#class", "")
     assert len(gallery(browser)) == 7
-    assert browser.texts("#count") == ["12 pictures, 7 of them shown"]
+    assert browser.texts("#count") == ["12 images, 7 shown"]
     browser.click("#more")
     assert len(gallery(browser)) == 12
     assert browser.run("return document.getElementById('more').hidden")
 
 
 @pytest.mark.parametrize("width", [390, 1280])
-def test_nothing_overflows(width: int, browser: Browser, path: Path) -> None:
+def test_nothing_overflows_the_window(width: int, browser: Browser, path: Path) -> None:
     browser.open(path, width=width)
     assert browser.run("return window.innerWidth") == width
     assert browser.run("return document.documentElement.scrollWidth <= document.documentElement.clientWidth")
@@ -299,15 +299,15 @@ def test_nothing_overflows(width: int, browser: Browser, path: Path) -> None:
 
 
 CONTRASTS = """
-function parts(colour) { return colour.match(/[\\d.]+/g).map(Number); }
+function parts(color) { return color.match(/[\\d.]+/g).map(Number); }
 function linear(c) { return c <= 0.04045 ? c / 12.92 : ((c + 0.055) / 1.055) ** 2.4; }
-function luminance(colour) {
-  const [r, g, b] = parts(colour).map((part) => linear(part / 255));
+function luminance(color) {
+  const [r, g, b] = parts(color).map((part) => linear(part / 255));
   return 0.2126 * r + 0.7152 * g + 0.0722 * b;
 }
 function ground(element) {
-  const colour = getComputedStyle(element).backgroundColor;
-  return parts(colour)[3] === 0 ? ground(element.parentElement) : colour;
+  const color = getComputedStyle(element).backgroundColor;
+  return parts(color)[3] === 0 ? ground(element.parentElement) : color;
 }
 return [...document.body.querySelectorAll("*")]
   .filter((e) => e.checkVisibility() && [...e.childNodes].some((n) => n.nodeType === 3 && n.data.trim()))
@@ -319,7 +319,7 @@ return [...document.body.querySelectorAll("*")]
 
 
 @pytest.mark.parametrize("scheme", ["light", "dark"])
-def test_text_can_be_read_in_the_light_and_in_the_dark(scheme: str, browser: Browser, path: Path) -> None:
+def test_text_has_contrast_in_light_and_dark_mode(scheme: str, browser: Browser, path: Path) -> None:
     browser.open(path, scheme=scheme)
     corner = browser.screenshot()[0, 0].mean()
     assert corner > 200 if scheme == "light" else corner < 50

@@ -1,6 +1,5 @@
-"""The search of settings: it ends in a command that can be believed, goes on where it stopped, survives bad luck."""
+"""Searching settings: the printed command is right, an interrupted search resumes, bad trials do not end it."""
 
-import fcntl
 import os
 import re
 import shlex
@@ -14,11 +13,9 @@ from typing import Any
 import pytest
 from torch import Tensor
 
-import engine
 import train_mlp
-import tune
-from overfit import LOSSES
-from settings import exit_status, parse_command_line
+from common.command_line import exit_status
+from common.files import lock
 from tests.helpers import (
     MACHINE,
     after_step,
@@ -27,7 +24,10 @@ from tests.helpers import (
     read_json,
     run_script,
 )
-from tune import Range, Search
+from tools import tune
+from tools.tune import Range, Search
+from training import loop
+from training.flags import parse_command_line
 
 needs_optuna = pytest.mark.skipif(find_spec("optuna") is None, reason="Optuna is optional, and not installed")
 STEPS_PER_TRIAL = 10
@@ -40,17 +40,17 @@ TINY = Search(
 
 @pytest.fixture(autouse=True)
 def tiny(monkeypatch: pytest.MonkeyPatch) -> None:
-    """A search of trials of ten steps."""
+    """A search whose trials take ten steps."""
     monkeypatch.setitem(tune.SEARCHES, "mlp", TINY)
 
 
 def search(results_dir: Path, *flags: str) -> int:
-    """The exit status of a search on synthetic pictures."""
+    """The exit status of a search on synthetic images."""
     return exit_status(lambda: tune.main(["mlp", "--synthetic", "--results-dir", str(results_dir), *flags]))
 
 
 def trials(results_dir: Path) -> list[Any]:
-    """The search's trials, whatever they came to."""
+    """All trials of the search, whatever their outcome."""
     study = tune.open_study(results_dir / "tune" / "mlp-synthetic", TINY, TINY.settings(synthetic=True))
     return study.get_trials()
 
@@ -60,15 +60,13 @@ def states(results_dir: Path) -> list[str]:
 
 
 @needs_optuna
-def test_the_best_command_line_trains_the_best_trial_again(
-    tmp_path: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
+def test_the_printed_command_repeats_the_best_trial(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert search(tmp_path, "--trials", "3") == 0
     said = capsys.readouterr().out
     best = max(trials(tmp_path), key=lambda trial: trial.value)
-    assert f"best: trial {best.number} with {best.value:.2f}% on held-out pictures" in said
+    assert f"best: trial {best.number} with {best.value:.2f}% on validation images" in said
     argv = shlex.split(re.search("^ +python train_mlp.py (.*)$", said, re.MULTILINE)[1])
-    command = parse_command_line(train_mlp.SCRIPT, LOSSES, argv).settings
+    command = parse_command_line(train_mlp.SCRIPT, argv).settings
     wanted = tune.trial_settings(TINY.settings(synthetic=True), best.params)
     machine = {f.name: getattr(wanted, f.name) for f in fields(wanted) if f.metadata["machine"]}
     assert replace(command, **machine) == wanted
@@ -77,7 +75,7 @@ def test_the_best_command_line_trains_the_best_trial_again(
 
 
 @needs_optuna
-def test_the_first_trial_is_the_recipe_and_is_compared_with(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_the_first_trial_is_the_recipe_itself(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert search(tmp_path, "--trials", "2") == 0
     recipe, other = trials(tmp_path)
     assert recipe.params == {"lr": 0.002, "crop": 4, "label_smoothing": 0.1}
@@ -85,14 +83,14 @@ def test_the_first_trial_is_the_recipe_and_is_compared_with(tmp_path: Path, caps
     said = capsys.readouterr().out.splitlines()
     assert sum(line.startswith("trial ") for line in said) == 2
     assert not any(line.startswith("epoch ") for line in said)
-    assert any(line.endswith(f"the recipe as it is: {recipe.value:.2f}%") for line in said)
+    assert any(line.endswith(f"the recipe itself: {recipe.value:.2f}%") for line in said)
 
 
 @needs_optuna
-def test_figures_and_importance_come_when_there_are_trials_enough(
+def test_figures_and_importance_follow_enough_trials(
     tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(tune, "ENOUGH", 3)
+    monkeypatch.setattr(tune, "MIN_FOR_IMPORTANCE", 3)
     folder = tmp_path / "tune" / "mlp-synthetic"
     assert search(tmp_path, "--trials", "2") == 0
     assert {path.name for path in folder.iterdir()} == {".lock", "journal.log", "history.png"}
@@ -105,10 +103,10 @@ def test_figures_and_importance_come_when_there_are_trials_enough(
 
 
 @needs_optuna
-def test_an_interrupted_search_goes_on_as_if_nothing_had_been(
+def test_a_resumed_search_equals_an_uninterrupted_one(
     tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(tune, "RANDOM_FIRST", 2)  # so that what comes after depends on the trials before
+    monkeypatch.setattr(tune, "RANDOM_FIRST", 2)  # so that later trials depend on earlier ones
     assert search(tmp_path / "whole", "--trials", "3") == 0
     after_step(monkeypatch, STEPS_PER_TRIAL + 5, lambda: os.kill(os.getpid(), signal.SIGINT))
     capsys.readouterr()
@@ -125,7 +123,7 @@ def test_an_interrupted_search_goes_on_as_if_nothing_had_been(
 
 
 @needs_optuna
-def test_no_trials_only_says_again_what_was_found(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_trials_0_only_prints_the_results(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert search(tmp_path, "--trials", "0") == 0
     assert capsys.readouterr().out == "no trial has finished yet\n"
     assert search(tmp_path, "--trials", "1") == 0
@@ -137,8 +135,8 @@ def test_no_trials_only_says_again_what_was_found(tmp_path: Path, capsys: pytest
 
 @needs_optuna
 @pytest.mark.parametrize(("flags", "words"), [
-    (("--epochs", "2"), "begun with epochs 1, not 2"), (("--seed", "1"), "begun with seed 0, not 1")])
-def test_a_search_is_not_continued_with_other_settings(
+    (("--epochs", "2"), "started with epochs 1, not 2"), (("--seed", "1"), "started with seed 0, not 1")])
+def test_a_search_is_not_resumed_with_other_settings(
     tmp_path: Path, capsys: pytest.CaptureFixture[str], flags: tuple[str, ...], words: str
 ) -> None:
     assert search(tmp_path, "--trials", "1") == 0
@@ -148,7 +146,7 @@ def test_a_search_is_not_continued_with_other_settings(
 
 
 @needs_optuna
-def test_a_search_on_synthetic_pictures_leaves_the_real_one_alone(tmp_path: Path) -> None:
+def test_a_synthetic_search_is_separate_from_the_real_one(tmp_path: Path) -> None:
     real = tmp_path / "tune" / "mlp"
     real.mkdir(parents=True)
     study = tune.open_study(real, TINY, TINY.settings())
@@ -162,14 +160,14 @@ def test_a_search_on_synthetic_pictures_leaves_the_real_one_alone(tmp_path: Path
 def test_a_diverging_trial_does_not_end_the_search(
     tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    step, seen = engine.training_step, []
+    step, seen = loop.training_step, []
 
-    def spoilt_step(*arguments: Any) -> tuple[Tensor, Tensor]:
+    def nan_step(*arguments: Any) -> tuple[Tensor, Tensor]:
         logits, loss = step(*arguments)
         seen.append(loss)
         return logits, loss * float("nan") if len(seen) == STEPS_PER_TRIAL + 1 else loss
 
-    monkeypatch.setattr(engine, "training_step", spoilt_step)
+    monkeypatch.setattr(loop, "training_step", nan_step)
     assert search(tmp_path, "--trials", "3") == 0
     said = capsys.readouterr().out
     assert "trial 1: diverged" in said
@@ -178,10 +176,10 @@ def test_a_diverging_trial_does_not_end_the_search(
 
 
 @needs_optuna
-def test_a_trial_that_falls_behind_is_stopped_early(
+def test_a_trial_that_falls_behind_is_pruned(
     tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(tune, "FINISHED_FIRST", 1)
+    monkeypatch.setattr(tune, "MIN_FOR_PRUNING", 1)
     hopeless = replace(TINY, space={"lr": Range(1e-9, 0.002, log=True)})
     monkeypatch.setitem(tune.SEARCHES, "mlp", hopeless)
     assert search(tmp_path, "--trials", "3", "--epochs", "3") == 0
@@ -192,14 +190,14 @@ def test_a_trial_that_falls_behind_is_stopped_early(
 
 
 @needs_optuna
-def test_a_killed_search_leaves_no_trial_that_seems_to_run(tmp_path: Path) -> None:
+def test_a_killed_search_leaves_no_running_trial(tmp_path: Path) -> None:
     base = TINY.settings(synthetic=True)
     tune.open_study(tmp_path, TINY, base).ask()
     assert [trial.state.name for trial in tune.open_study(tmp_path, TINY, base).get_trials()] == ["FAIL"]
 
 
 @needs_optuna
-def test_a_damaged_journal_is_one_clear_line(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_a_damaged_journal_is_reported_in_one_line(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     (tmp_path / "tune" / "mlp-synthetic").mkdir(parents=True)
     (tmp_path / "tune" / "mlp-synthetic" / "journal.log").write_text("what\nis\nthis\n")
     assert search(tmp_path) == 2
@@ -209,13 +207,15 @@ def test_a_damaged_journal_is_one_clear_line(tmp_path: Path, capsys: pytest.Capt
 def test_two_searches_do_not_share_a_folder(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     folder = tmp_path / "tune" / "mlp-synthetic"
     folder.mkdir(parents=True)
-    with open(folder / ".lock", "w") as file:
-        fcntl.flock(file, fcntl.LOCK_EX)
+    held = lock(folder / ".lock", "in use")
+    try:
         assert search(tmp_path) == 2
+    finally:
+        held.release()
     assert "in use by another process" in error_line(capsys)
 
 
-def test_without_optuna_it_says_how_to_install_it(
+def test_without_optuna_the_error_names_the_install_command(
     tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setitem(sys.modules, "optuna", None)
@@ -224,7 +224,7 @@ def test_without_optuna_it_says_how_to_install_it(
 
 
 @pytest.mark.parametrize("flags", [("--trials", "-1"), ("--timeout", "0"), ("--epochs", "0"), ("--recipe", "mlp")])
-def test_a_wrong_flag_is_one_clear_line(
+def test_a_wrong_flag_is_reported_in_one_line(
     tmp_path: Path, capsys: pytest.CaptureFixture[str], flags: tuple[str, ...]
 ) -> None:
     assert search(tmp_path, *flags) == 2
@@ -235,7 +235,7 @@ SPACES = dict(tune.SEARCHES)  # as they are without the fixture
 
 
 @pytest.mark.parametrize("name", SPACES)
-def test_every_range_holds_the_recipe_and_nothing_that_is_refused(name: str) -> None:
+def test_every_range_holds_the_recipe_and_valid_values(name: str) -> None:
     base = SPACES[name].settings()
     for setting, values in SPACES[name].space.items():
         assert values.low <= getattr(base, setting) <= values.high

@@ -1,4 +1,4 @@
-"""What turns gradients into steps: Muon, which parameters it takes and which it leaves, and the learning rates."""
+"""Muon, the parameter groups of every optimizer, and learning-rate schedules."""
 
 import math
 from collections.abc import Iterable
@@ -7,23 +7,23 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from settings import Settings
-from utils import UserError
+from training.settings import Settings
 
-WIDE = 3  # columns a row, from which on orthogonalising by way of the gram matrix pays
-SGD_MOMENTUM, SHIFT_RATE, HEAD_RATE = 0.85, 8.0, 4.0  # of SGD beside Muon: see docs/experiments.md
+WIDE = 3  # columns per row at which orthogonalizing through the Gram matrix becomes cheaper
+SGD_MOMENTUM, SHIFT_RATE, HEAD_RATE = 0.85, 8.0, 4.0  # of SGD next to Muon: see docs/experiments.md
 
 
 class Muon(torch.optim.Optimizer):
-    """Momentum whose step is orthogonalised: for a weight matrix, every direction is followed at the same rate.
+    """Nesterov momentum with an orthogonalized step: a weight matrix moves equally fast in every direction.
 
-    Jordan et al. 2024 (kellerjordan.github.io/posts/muon), Nesterov momentum. Takes parameters of two dimensions or
-    more, [out, in, ...]; filters are read as matrices [out, in * ...]. `torch.optim.Muon` takes only matrices and
-    always computes in bfloat16, which is 10 times slower than float32 on processors without instructions for it.
+    Jordan et al. 2024 (kellerjordan.github.io/posts/muon). Takes parameters of two or more dimensions,
+    [out, in, ...], and treats filters as matrices [out, in * ...]. `torch.optim.Muon` takes only
+    matrices and always computes in bfloat16, which is 10 times slower than float32 on processors
+    without bfloat16 instructions.
 
-    fixed_norm: before each step a parameter is scaled to the norm sqrt(out), that of `out` filters of norm 1, and the
-    step is not scaled by the matrix's shape: `lr` is then the angle of a step. For layers followed by batch norm, to
-    which their scale means nothing.
+    fixed_norm: scale each parameter to the norm sqrt(out), that of `out` filters of norm 1, before
+    each step, and do not scale the step by the matrix's shape. `lr` is then the angle of a step. Use it
+    for layers before a batch norm, which cancels their scale.
     """
 
     def __init__(self, params: Iterable[Any], lr: float, momentum: float = 0.9, weight_decay: float = 0.0,
@@ -33,7 +33,7 @@ class Muon(torch.optim.Optimizer):
         self.fixed_norm, self.dtype = fixed_norm, getattr(torch, precision)
 
     @torch.no_grad()
-    def step(self) -> None:
+    def step(self, closure: None = None) -> None:  # type: ignore[override]  # a closure is not supported
         for group in self.param_groups:
             for parameter in group["params"]:
                 state = self.state[parameter]
@@ -41,22 +41,25 @@ class Muon(torch.optim.Optimizer):
                     state["momentum"] = torch.zeros_like(parameter)
                 momentum = state["momentum"].mul_(group["momentum"]).add_(parameter.grad)
                 direction = parameter.grad.add(momentum, alpha=group["momentum"]).flatten(1).to(self.dtype)
-                update = orthogonalise(direction, group["iterations"]).view_as(parameter)
-                scale = 1.0 if self.fixed_norm else max(1, direction.shape[0] / direction.shape[1]) ** 0.5
-                kept = len(parameter) ** 0.5 / parameter.norm() if self.fixed_norm \
-                    else 1 - group["lr"] * group["weight_decay"]
+                update = orthogonalize(direction, group["iterations"]).view_as(parameter)
+                if self.fixed_norm:
+                    scale, kept = 1.0, len(parameter) ** 0.5 / parameter.norm()
+                else:
+                    scale = max(1, direction.shape[0] / direction.shape[1]) ** 0.5
+                    kept = 1 - group["lr"] * group["weight_decay"]
                 parameter.mul_(kept)
                 parameter.add_(update.to(parameter.dtype), alpha=-group["lr"] * scale)
 
 
-def orthogonalise(matrix: Tensor, iterations: int) -> Tensor:
-    """[M, N] with all singular values brought near 1 by Newton-Schulz iterations, in the matrix's own dtype.
+def orthogonalize(matrix: Tensor, iterations: int) -> Tensor:
+    """Bring all singular values of a matrix, [M, N], near 1 by Newton-Schulz iterations in its own dtype.
 
-    The quintic and its coefficients are Jordan's (2024). Five iterations bring every singular value that is not tiny to
-    between 0.65 and 1.25; three leave the smallest of a random matrix of the MLP's shapes at about half.
+    The quintic and its coefficients are Jordan's (2024). Five iterations bring every singular value
+    that is not tiny to between 0.65 and 1.25. Three leave the smallest one of a random matrix of the
+    MLP's shapes at about half.
 
-    Every iterate is a polynomial in the gram matrix times the first one. Where N is far above M, as it is for filters,
-    that polynomial is worked out on M x M matrices alone, for half the operations.
+    Every iterate is a polynomial in the Gram matrix times the first one. Where N is far above M, as in
+    filters, computing that polynomial on M x M matrices takes half the operations.
     """
     tall = matrix.shape[0] > matrix.shape[1]
     x = matrix.T if tall else matrix
@@ -78,18 +81,20 @@ def orthogonalise(matrix: Tensor, iterations: int) -> Tensor:
 
 
 def make_optimizers(model: nn.Module, settings: Settings) -> list[torch.optim.Optimizer]:
-    """What the settings name, each parameter group with its own `peak_lr`.
+    """The optimizers that `settings` name; each parameter group has its own `peak_lr`.
 
-    Weight decay acts on matrices and filters, not on shifts and scales. "muon" takes the matrices and filters below
-    `model.head` and leaves the rest to AdamW; "muon-sgd" takes the filters only, keeps their norms, and leaves the rest
-    to SGD, shifts and the head at larger rates.
+    Weight decay acts on matrices and filters, not on biases and scales. "muon" updates the matrices and
+    filters below `model.head`, and AdamW the rest. "muon-sgd" updates only the filters, keeping their
+    norms, and SGD the rest: biases and the head at larger rates.
     """
     parameters = [p for p in model.parameters() if p.requires_grad]
-    in_head = {id(p) for p in model.head.parameters()}
-    matrices, vectors = [p for p in parameters if p.ndim > 1], [p for p in parameters if p.ndim <= 1]
+    in_head = {id(p) for p in model.get_submodule("head").parameters()}
+    matrices = [p for p in parameters if p.ndim > 1]
+    vectors = [p for p in parameters if p.ndim <= 1]
     decay, no_decay = {"weight_decay": settings.weight_decay}, {"weight_decay": 0.0}
     groups = [{"params": matrices, **decay}, {"params": vectors, **no_decay}]
-    muon = {"lr": settings.lr, "weight_decay": settings.weight_decay, "precision": settings.precision}
+    optimizers: list[torch.optim.Optimizer]
+    muon: dict[str, Any] = {"lr": settings.lr, "weight_decay": settings.weight_decay, "precision": settings.precision}
     if settings.optimizer == "muon":
         hidden = [p for p in matrices if id(p) not in in_head]
         groups[0]["params"] = [p for p in matrices if id(p) in in_head]
@@ -97,12 +102,11 @@ def make_optimizers(model: nn.Module, settings: Settings) -> list[torch.optim.Op
                       torch.optim.AdamW(groups, lr=settings.other_lr)]
     elif settings.optimizer == "muon-sgd":
         filters = [p for p in parameters if p.ndim == 4]
-        if not filters:
-            raise UserError("--optimizer muon-sgd is for networks with convolutions: this one has no filters")
         small = [p for p in matrices if p.ndim < 4 and id(p) not in in_head]
+        head = [p for p in matrices if id(p) in in_head]
         groups = [{"params": small, **decay},
                   {"params": vectors, "lr": SHIFT_RATE * settings.other_lr, **no_decay},
-                  {"params": [p for p in matrices if id(p) in in_head], "lr": HEAD_RATE * settings.other_lr, **decay}]
+                  {"params": head, "lr": HEAD_RATE * settings.other_lr, **decay}]
         optimizers = [Muon(filters, momentum=settings.momentum, fixed_norm=True, **muon),
                       torch.optim.SGD(groups, lr=settings.other_lr, momentum=SGD_MOMENTUM, nesterov=True)]
     elif settings.optimizer == "sgd":
@@ -120,13 +124,13 @@ def all_groups(optimizers: list[torch.optim.Optimizer]) -> list[dict[str, Any]]:
 
 
 def set_rates(optimizers: list[torch.optim.Optimizer], settings: Settings, progress: float) -> None:
-    """Every group's learning rate when the share `progress` of all steps is done."""
+    """Set every group's learning rate for when the fraction `progress` of all steps is done."""
     for group in all_groups(optimizers):
         group["lr"] = group["peak_lr"] * rate_factor(settings.schedule, settings.warmup, progress)
 
 
 def rate_factor(schedule: str, warmup: float, progress: float) -> float:
-    """What the peak learning rate is multiplied by when the share `progress` of all steps is done."""
+    """The learning rate, relative to its peak, when the fraction `progress` of all steps is done."""
     if progress < warmup:
         return progress / warmup
     left = (1 - progress) / (1 - warmup) if warmup < 1 else 1.0

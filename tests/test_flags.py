@@ -1,4 +1,4 @@
-"""The command line: what flags do, how each misuse is refused, and the command that a run keeps to be made again."""
+"""The flags of a training script: their effect, how misuse is refused, and the command that repeats a run."""
 
 import dataclasses
 import json
@@ -11,8 +11,9 @@ import pytest
 import torch
 
 import train_mlp
-from overfit import LOSSES
-from settings import RESULTS_DIR, Command, Settings, exit_status, flag_of, parse_command_line
+from common.command_line import exit_status
+from common.errors import UserError
+from common.files import RESULTS_DIR
 from tests.helpers import (
     drawn_once,  # noqa: F401 (a fixture)
     edit_settings,
@@ -23,23 +24,25 @@ from tests.helpers import (
     train_tiny,
 )
 from train_mlp import SCRIPT
-from utils import UserError
+from training.flags import Options, parse_command_line
+from training.settings import Settings, flag_of
+from utils import Augmentation
 
 CUDA, MPS = torch.cuda.is_available(), torch.backends.mps.is_available()
 
 
-def parse(*flags: str) -> Command:
-    return parse_command_line(SCRIPT, LOSSES, list(flags))
+def parse(*flags: str) -> Options:
+    return parse_command_line(SCRIPT, list(flags))
 
 
-def test_without_flags_the_recipe_holds() -> None:
-    command = parse()
+def test_without_flags_the_default_recipe_applies() -> None:
+    options = parse()
     for name, value in train_mlp.RECIPES["mlp"].items():
-        assert getattr(command.settings, name) == value
-    assert command.settings.recipe == "mlp"
-    assert command.given == {}
-    assert command.seeds == (0,)
-    assert command.results_dir == RESULTS_DIR
+        assert getattr(options.settings, name) == value
+    assert options.settings.recipe == "mlp"
+    assert options.given == {}
+    assert options.seeds == (0,)
+    assert options.results_dir == RESULTS_DIR
 
 
 @pytest.mark.parametrize(("flags", "name", "value"), [
@@ -50,7 +53,7 @@ def test_without_flags_the_recipe_holds() -> None:
     ("--schedule cosine", "schedule", "cosine"),
     ("--no-flip", "flip", False),
     ("--crop 0", "crop", 0),
-    ("--cutout 8", "cutout", 8),
+    ("--jitter 0.2", "jitter", 0.2),
     ("--widths 64,32", "widths", (64, 32)),
     ("--widths 64", "widths", (64,)),
     ("--no-batch-norm", "batch_norm", False),
@@ -60,19 +63,19 @@ def test_without_flags_the_recipe_holds() -> None:
     ("--data-dir /somewhere", "data_folder", "/somewhere"),
     ("--epochs 3 --epochs 4", "epochs", 4),
 ])
-def test_a_flag_sets_what_it_names_and_nothing_else(flags: str, name: str, value: Any) -> None:
+def test_a_flag_changes_only_its_own_setting(flags: str, name: str, value: Any) -> None:
     settings = parse(*flags.split()).settings
     assert getattr(settings, name) == value
     field = "data_dir" if name == "data_folder" else name
     assert dataclasses.replace(settings, **{field: getattr(parse().settings, field)}) == parse().settings
 
 
-def test_augmentation_is_what_the_flags_say() -> None:
-    augmentation = parse("--no-flip", "--crop", "3", "--cutout", "5").settings.augmentation
-    assert (augmentation.flip, augmentation.crop, augmentation.cutout) == (False, 3, 5)
+def test_flags_set_the_augmentation() -> None:
+    augmentation = parse("--no-flip", "--crop", "3", "--jitter", "0.5").settings.augmentation
+    assert augmentation == Augmentation(flip=False, crop=3, jitter=0.5)
 
 
-def test_the_data_folder_comes_from_the_flag_then_from_the_environment(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_data_folder_flag_overrides_the_environment(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("CIFAR100_DIR", "/from/environment")
     assert parse().settings.data_folder == "/from/environment"
     assert parse("--data-dir", "/from/flag").settings.data_folder == "/from/flag"
@@ -80,19 +83,19 @@ def test_the_data_folder_comes_from_the_flag_then_from_the_environment(monkeypat
     assert Path(parse().settings.data_folder) == Path(train_mlp.__file__).parent / "data"
 
 
-def test_flags_override_the_overfit_checks_settings() -> None:
+def test_flags_override_the_overfit_settings() -> None:
     settings = parse("--overfit-batch", "--lr", "0.5").settings
     assert settings.lr == 0.5
     assert settings.batch_size == train_mlp.OVERFIT["batch_size"]
     assert settings.epochs == train_mlp.OVERFIT["epochs"]
 
 
-def test_seeds_are_read_as_a_list() -> None:
+def test_seeds_are_a_list() -> None:
     assert parse("--seeds", "4,0,2").seeds == (4, 0, 2)
     assert parse("--seed", "4").seeds == (4,)
 
 
-def test_help_exits_with_0_and_mentions_every_flag(capsys: pytest.CaptureFixture[str]) -> None:
+def test_help_lists_every_flag(capsys: pytest.CaptureFixture[str]) -> None:
     with pytest.raises(SystemExit) as stop:
         train_mlp.main(["--help"])
     assert stop.value.code == 0
@@ -111,8 +114,8 @@ MISUSES = [
     "--epochs 0", "--epochs -1", "--batch-size 1", "--batch-size 0", "--batch-size -5", "--lr 0", "--lr -0.1",
     "--lr nan", "--lr inf", "--lr -inf", "--lr 1e400", "--other-lr 0", "--other-lr nan", "--weight-decay -0.01",
     "--weight-decay inf", "--warmup -0.1", "--warmup 1.1", "--warmup nan", "--label-smoothing -0.1",
-    "--label-smoothing 1.5", "--label-smoothing nan", "--crop -1", "--crop 32", "--cutout -1", "--cutout 33",
-    "--seed -1", "--threads -1", "--threads 100000", "--checkpoint-every -1", "--checkpoint-every nan",
+    "--label-smoothing 1.5", "--label-smoothing nan", "--crop -1", "--crop 32", "--jitter -0.1",
+    "--jitter 1.1", "--seed -1", "--threads -1", "--threads 100000", "--checkpoint-every -1", "--checkpoint-every nan",
     "--checkpoint-every inf", "--widths 0", "--widths 32,0,16", "--widths=-32", "--widths 65537", "--dropout 1",
     "--dropout -0.5", "--dropout nan", "--seeds=-1", "--seeds 0,-1", "--seeds 1,1",
     # of the wrong type
@@ -125,22 +128,23 @@ MISUSES = [
     # unknown or incomplete
     "--nonsense", "--epoch 3", "--learning-rate 0.1", "stray", "--epochs", "--lr --epochs 3", "--quiet=yes",
     "--flip yes", "--no-epochs",
-    # contradictions
-    "--seeds 1,2 --seed 3", "--seeds 1,2 --seed 0", "--seeds 0,1 --resume mlp-s0", "--seeds 0,1 --name x",
-    "--seeds 0,1 --overfit-batch", "--resume mlp-s0 --name x", "--resume mlp-s0 --overfit-batch",
-    "--name x --overfit-batch", "--loss mse-index",
-    # names that are no folder names
+    # in conflict with another flag, or without effect
+    "--seeds 1,2 --seed 3", "--seeds 1,2 --seed 0", "--seeds 3 --seed 3", "--seeds 0,1 --resume mlp-s0",
+    "--seeds 0,1 --name x", "--seeds 0,1 --overfit-batch", "--resume mlp-s0 --name x",
+    "--resume mlp-s0 --overfit-batch", "--name x --overfit-batch", "--loss mse-index", "--other-lr 0.1",
+    "--momentum 0.5", "--alternate --no-flip",
+    # not usable as a folder name
     "--name ../x", "--name /tmp/x", "--name x/y", "--name ''", "--name .hidden", "--name -x", "--name=-x",
     "--name 'a b'", "--name published", "--name overfit_batch", "--name ..", f"--name {'x' * 200}",
     "--resume missing", "--resume ../x", "--resume ''", "--resume .",
-    # a device that is not there
+    # a device that this machine does not have
     pytest.param("--device cuda", marks=pytest.mark.skipif(CUDA, reason="there is a GPU")),
     pytest.param("--device mps", marks=pytest.mark.skipif(MPS, reason="there is a GPU")),
 ]
 
 
 @pytest.mark.parametrize("flags", MISUSES)
-def test_misuse_is_one_error_line_and_status_2_and_leaves_nothing(
+def test_misuse_is_one_error_line_and_creates_nothing(
     flags: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     results_dir = tmp_path / "results"
@@ -150,35 +154,43 @@ def test_misuse_is_one_error_line_and_status_2_and_leaves_nothing(
 
 
 @pytest.mark.parametrize(("flags", "named"), [
-    ("--epochs 0", "--epochs"), ("--lr nan", "--lr"), ("--widths abc", "--widths"), ("--widths abc", "'abc'"),
-    ("--batch-size 1", "at least 2"), ("--dropout 1", "0.99"), ("--optimizer lion", "adamw"),
-    ("--seeds 1,2 --seed 3", "--seeds and --seed"), ("--nonsense", "--nonsense"), ("--nonsense", "--help"),
-    ("--resume missing", "missing"), ("--name ../x", "../x"),
+    ("--epochs 0", "--epochs must be at least 1, not 0"),
+    ("--lr nan", "--lr must be a finite number"),
+    ("--widths abc", "--widths: 'abc' is not a comma-separated list of integers"),
+    ("--batch-size 1", "at least 2"),
+    ("--dropout 1", "at most 0.99"),
+    ("--optimizer lion", "adamw"),
+    ("--seeds 1,2 --seed 3", "--seeds and --seed cannot be used together"),
+    ("--seeds 1,1", "--seeds must be different integers"),
+    ("--seeds 0,1 --name x", "--name: not allowed with argument --seeds"),
+    ("--overfit-batch --resume x", "--resume: not allowed with argument --overfit-batch"),
+    ("--other-lr 0.1", "--other-lr has no effect with --optimizer adamw"),
+    ("--alternate --no-flip", "--alternate has no effect with --no-flip"),
+    ("--loss mse-index", "--loss has no effect without --overfit-batch"),
+    ("--overfit-batch --crop 2", "--crop has no effect with --overfit-batch"),
+    ("--nonsense", "unrecognized arguments: --nonsense (see --help)"),
+    ("--resume missing", "there is no run"),
+    ("--name ../x", "'../x' is not a run name"),
 ])
-def test_a_refusal_says_what_is_wrong(
+def test_a_refusal_names_the_mistake(
     flags: str, named: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    train_tiny(tmp_path, *flags.split())
+    assert train_tiny(tmp_path, *flags.split()) == 2
     assert named in error_line(capsys)
 
 
-def test_a_data_folder_that_is_a_file_is_refused(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_a_file_in_place_of_a_folder_is_refused(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     file = tmp_path / "file"
     file.touch()
     assert run_script(tmp_path / "results", "--data-dir", str(file), "--quiet") == 2
     assert str(file) in error_line(capsys)
     assert run_names(tmp_path / "results") == []
-
-
-def test_a_results_folder_that_is_a_file_is_refused(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    file = tmp_path / "file"
-    file.touch()
     assert train_tiny(file) == 2
     assert str(file) in error_line(capsys)
 
 
 def out_of_memory() -> int:
-    torch.empty(10**16)  # 40 petabytes: refused at once, on the CPU with a RuntimeError
+    torch.empty(10**16)  # 40 petabytes; fails at once, on the CPU with a RuntimeError
     return 0
 
 
@@ -187,7 +199,7 @@ def write_to_a_full_disk() -> int:
 
 
 @pytest.mark.parametrize("trouble", [out_of_memory, write_to_a_full_disk])
-def test_a_machine_at_its_limits_is_one_error_line(
+def test_lack_of_memory_or_disk_is_one_error_line(
     trouble: Callable[[], int], capsys: pytest.CaptureFixture[str]
 ) -> None:
     assert exit_status(trouble) == 2
@@ -195,7 +207,7 @@ def test_a_machine_at_its_limits_is_one_error_line(
 
 
 # ---------------------------------------------------------------------------------------------------------------------
-# Settings that are kept
+# Settings in config.json and in commands
 # ---------------------------------------------------------------------------------------------------------------------
 
 
@@ -203,7 +215,7 @@ def test_a_machine_at_its_limits_is_one_error_line(
     "",
     "--seed 7",
     "--epochs 3 --batch-size 100 --optimizer muon --lr 0.02 --other-lr 1e-4 --weight-decay 0.1 --warmup 0.05",
-    "--schedule cosine --label-smoothing 0.25 --no-flip --crop 4 --cutout 9 --train-on-all --synthetic",
+    "--schedule cosine --label-smoothing 0.25 --no-flip --crop 4 --jitter 0.3 --train-on-all --synthetic",
     "--widths 64,32,16,8 --dropout 0.3 --no-batch-norm",
     "--lr 0.0012345678 --weight-decay 0.333333333333 --dropout 0.1234567891",
     "--lr 1e-12",
@@ -215,13 +227,9 @@ def test_the_command_of_a_run_parses_back_to_its_settings(flags: str) -> None:
     assert parse(*words[2:]).settings == settings
 
 
-def test_the_command_of_a_run_leaves_the_machine_out() -> None:
-    flags = "--device=cpu --threads=2 --precision=bfloat16 --data-dir=/d --checkpoint-every=9"
-    assert SCRIPT.command_for(parse(*flags.split()).settings) == "python train_mlp.py --seed 0"
-
-
-def test_the_command_of_a_run_is_short() -> None:
-    assert SCRIPT.command_for(parse("--epochs", "3").settings) == "python train_mlp.py --epochs 3 --seed 0"
+def test_the_command_of_a_run_omits_the_machine_and_defaults() -> None:
+    flags = "--device=cpu --threads=2 --precision=bfloat16 --data-dir=/d --checkpoint-every=9 --epochs=3"
+    assert SCRIPT.command_for(parse(*flags.split()).settings) == "python train_mlp.py --epochs 3 --seed 0"
 
 
 def test_settings_survive_config_json() -> None:
@@ -230,54 +238,36 @@ def test_settings_survive_config_json() -> None:
 
 
 @pytest.mark.parametrize("make", [lambda values: Settings(**values), Settings.from_config])
-def test_settings_made_in_python_are_checked_too(make: Callable[[dict[str, Any]], Settings]) -> None:
+def test_settings_created_in_python_are_checked(make: Callable[[dict[str, Any]], Settings]) -> None:
     with pytest.raises(UserError, match="--epochs"):
         make({**dataclasses.asdict(Settings()), "epochs": 0})
 
 
-def with_a_setting_missing(config: Path) -> None:
+def drop_a_setting(config: Path) -> None:
     values = json.loads(config.read_text())
     del values["settings"]["lr"]
     config.write_text(json.dumps(values))
 
 
-def with_an_unknown_setting(config: Path) -> None:
-    edit_settings(config.parent, colour="blue")
+CONFIG_DAMAGES: dict[str, Callable[[Path], object]] = {
+    "setting missing": drop_a_setting,
+    "unknown setting": lambda config: edit_settings(config.parent, color="blue"),
+    "out of range": lambda config: edit_settings(config.parent, epochs=0),
+    "wrong type": lambda config: edit_settings(config.parent, epochs="ten"),
+    "no settings": lambda config: config.write_text("{}"),
+    "a list": lambda config: config.write_text("[]"),
+    "truncated": lambda config: config.write_text(config.read_text()[:100]),
+    "file missing": Path.unlink,
+}
 
 
-def with_a_setting_out_of_range(config: Path) -> None:
-    edit_settings(config.parent, epochs=0)
-
-
-def with_a_setting_of_the_wrong_type(config: Path) -> None:
-    edit_settings(config.parent, epochs="ten")
-
-
-def without_settings(config: Path) -> None:
-    config.write_text("{}")
-
-
-def with_something_else(config: Path) -> None:
-    config.write_text("[]")
-
-
-def half_written(config: Path) -> None:
-    config.write_text(config.read_text()[:100])
-
-
-def missing(config: Path) -> None:
-    config.unlink()
-
-
-@pytest.mark.parametrize("damage", [with_a_setting_missing, with_an_unknown_setting, with_a_setting_out_of_range,
-                                    with_a_setting_of_the_wrong_type, without_settings, with_something_else,
-                                    half_written, missing])
-def test_a_run_whose_config_was_damaged_is_not_resumed(
-    damage: Callable[[Path], None], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+@pytest.mark.parametrize("damage", CONFIG_DAMAGES.values(), ids=CONFIG_DAMAGES.keys())
+def test_a_run_with_a_damaged_config_is_not_resumed(
+    damage: Callable[[Path], object], tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    (tmp_path / "x").mkdir()
     config = tmp_path / "x" / "config.json"
+    config.parent.mkdir()
     config.write_text(json.dumps({"settings": dataclasses.asdict(parse("--synthetic").settings)}))
     damage(config)
     assert resume(tmp_path, "x") == 2
-    error_line(capsys)
+    assert "config.json" in error_line(capsys)

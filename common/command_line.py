@@ -1,0 +1,133 @@
+"""Command lines, and how a command ends: an error that the user can correct is one line on stderr and status 2."""
+
+import argparse
+import io
+import os
+import shlex
+import signal
+import sys
+from collections.abc import Callable, Sequence
+from contextlib import suppress
+from pathlib import Path
+from typing import Any, NoReturn
+
+import torch
+import torch.distributed as dist
+
+from common.errors import Interrupted, UserError
+from common.files import RESULTS_DIR
+from models import WeightsError
+
+MAX_MESSAGE = 400  # characters of an error message of argparse, which repeats the argument
+CLOSED_PIPE = 141  # 128 + SIGPIPE, which Windows does not have
+
+
+class Parser(argparse.ArgumentParser):
+    """An ArgumentParser that raises UserError, and whose help keeps the lines of a docstring."""
+
+    def __init__(self, **options: Any) -> None:
+        super().__init__(allow_abbrev=False, formatter_class=argparse.RawDescriptionHelpFormatter, **options)
+
+    def add_results_dir(self, help: str = "folder of all runs (default: results/)", **options: Any) -> None:
+        """`--results-dir`, the same in every command."""
+        options = {"default": RESULTS_DIR, **options}
+        self.add_argument("--results-dir", type=Path, metavar="FOLDER", help=help, **options)
+
+    def add_data_dir(self) -> None:
+        """`--data-dir`, the same in every command; "" leaves it to `utils.default_data_dir`."""
+        self.add_argument("--data-dir", default="", metavar="FOLDER",
+                          help="folder of the dataset (default: $CIFAR100_DIR, else data/)")
+
+    def add_synthetic(self) -> None:
+        """`--synthetic`, the same in every command that works on any images."""
+        self.add_argument("--synthetic", action="store_true", help="use procedurally drawn images instead of CIFAR-100")
+
+    def parse_args(  # type: ignore[override]
+        self, args: Sequence[str] | None = None, namespace: Any = None
+    ) -> Any:
+        """Parse as argparse does, but raise UserError for a value that is empty or that a path cannot hold.
+
+        An unset shell variable leaves an empty value behind, and a folder named "" would be the current one.
+        """
+        for word in sys.argv[1:] if args is None else args:
+            flag, equals, value = word.partition("=") if word.startswith("--") else ("", "=", word)
+            if equals and (not value or "\0" in value or (flag and value == "--")):
+                self.error(f"{flag or 'an argument'} has no usable value ({value!r}): give one")
+        if isinstance(sys.stdout, io.TextIOWrapper):  # file names may hold bytes that are not text
+            sys.stdout.reconfigure(errors="backslashreplace")
+        return super().parse_args(args, namespace)
+
+    def print_help(self, file: Any = None) -> None:
+        print(self.format_help(), end="", file=file, flush=True)  # argparse would ignore a full disk
+
+    def error(self, message: str) -> NoReturn:
+        raise UserError(f"{message if len(message) < MAX_MESSAGE else message[:MAX_MESSAGE] + ' ...'} (see --help)")
+
+
+def integers(text: str) -> tuple[int, ...]:
+    """The type of an argument such as 0,1,2."""
+    try:
+        return tuple(int(part) for part in text.split(","))
+    except ValueError:
+        raise argparse.ArgumentTypeError(f"{text!r} is not a comma-separated list of integers such as 0,1,2") from None
+
+
+def with_results_dir(command: str, results_dir: Path) -> str:
+    """`command` with `--results-dir` where that is not the default."""
+    where = [] if results_dir.resolve() == RESULTS_DIR else ["--results-dir", str(results_dir)]
+    return shlex.join([*command.split(), *where])
+
+
+def launched() -> tuple[int, int]:
+    """This process's rank and the number of processes that torchrun started: (0, 1) without torchrun."""
+    if not dist.is_torchelastic_launched():
+        return 0, 1
+    return int(os.environ["RANK"]), int(os.environ["WORLD_SIZE"])
+
+
+def exit_status(main: Callable[[], int]) -> int:
+    """Run a command's `main` and return its exit status: 2, with one line on stderr, for what the user can correct.
+
+    A process that has joined others ends here. Python's usual shutdown sometimes aborts while threads of gloo still
+    hold tensors (PyTorch's pull request 179291).
+    """
+    for stream in ("stdout", "stderr"):
+        if getattr(sys, stream) is None:  # closed by the shell, as with >&-
+            setattr(sys, stream, open(os.devnull, "w"))  # noqa: SIM115 (open as long as the process)
+    status = _run(main)
+    if dist.is_initialized():
+        for stream in filter(None, (sys.stdout, sys.stderr)):
+            with suppress(OSError):
+                stream.flush()
+        os._exit(status)
+    return status
+
+
+def _run(main: Callable[[], int]) -> int:
+    rank, count = launched()
+    try:
+        status = main()
+        print(end="", flush=True)  # a full disk or a closed pipe can still be reported here
+        return status
+    except Interrupted as stop:
+        if rank == 0:
+            print(f"\n{stop}", flush=True)
+        return stop.status
+    except (UserError, WeightsError) as error:
+        message = str(error)
+    except BrokenPipeError:  # whatever read the output has ended, as with `| head`
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # for what Python flushes at its end
+        return CLOSED_PIPE
+    except OSError as error:
+        advice = "" if isinstance(error, FileNotFoundError) else "; is the disk full or the folder read-only?"
+        message = f"{error.filename or 'a file'}: {error.strerror or error}{advice}"
+    except RuntimeError as error:
+        if not isinstance(error, torch.OutOfMemoryError) and "allocate memory" not in str(error):
+            raise
+        message = "the device ran out of memory: try a smaller --batch-size"
+    except KeyboardInterrupt:
+        print("stopped", file=sys.stderr)
+        return 128 + signal.SIGINT
+    source = "error" if count == 1 or rank == 0 else f"error in process {rank} of {count}"
+    print(f"{source}: " + " ".join(message.split()), file=sys.stderr)
+    return 2

@@ -1,0 +1,98 @@
+"""Files that are written whole or not at all, JSON and CSV, and a lock. Importing this needs no POSIX module."""
+
+import csv
+import errno
+import io
+import json
+import os
+from collections.abc import Iterable, Iterator, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+from filelock import BaseFileLock, FileLock, Timeout
+
+from common.errors import UserError
+
+ROOT = Path(__file__).resolve().parents[1]
+RESULTS_DIR = ROOT / "results"
+PARTIAL = ".partial"  # suffix of a file that is being written
+MAX_JSON_BYTES = 2**24  # far above the size of any JSON file here
+
+
+@contextmanager
+def replacing(path: Path) -> Iterator[Path]:
+    """A temporary path to write to; at the end of the block it replaces `path`, unless anything failed.
+
+    Raises UserError if it cannot be written; `path` is unchanged then.
+    """
+    partial = path.with_name(f".{path.name}.{os.getpid()}{PARTIAL}")
+    try:
+        try:
+            yield partial
+            flush_to_disk(partial)
+            os.replace(partial, path)
+            flush_to_disk(path.parent)  # the folder holds the file's name
+        finally:
+            partial.unlink(missing_ok=True)
+    except OSError as error:
+        raise UserError(f"cannot write {path} ({error.strerror or error}): is the disk full, or the folder read-only "
+                        "or gone? Existing files are unchanged") from error
+
+
+def flush_to_disk(path: Path) -> None:
+    """Write the system's buffers for a file or folder to the disk, so that it survives a power cut."""
+    if os.name == "nt" and path.is_dir():  # a folder cannot be opened on Windows
+        return
+    descriptor = os.open(path, os.O_RDWR if os.name == "nt" else os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    except OSError as error:
+        if error.errno != errno.EINVAL:  # not supported by some network file systems
+            raise
+    finally:
+        os.close(descriptor)
+
+
+def write_text(path: Path, text: str) -> None:
+    with replacing(path) as partial:
+        partial.write_text(text, encoding="utf-8", newline="\n")
+
+
+def write_json(path: Path, value: Any) -> None:
+    write_text(path, json.dumps(value, indent=2) + "\n")
+
+
+def write_csv(path: Path, header: Sequence[str], rows: Iterable[Sequence[Any]]) -> None:
+    text = io.StringIO()
+    writer = csv.writer(text, lineterminator="\n")
+    writer.writerow(header)
+    writer.writerows(rows)
+    write_text(path, text.getvalue())
+
+
+def require_file(path: Path) -> None:
+    """Raise UserError unless `path` is a regular file: reading from a pipe or device may never end."""
+    if not path.is_file():
+        raise UserError(f"{path} is {'not a file' if path.exists() else 'missing'}")
+
+
+def read_json(path: Path) -> Any:
+    """The value in a JSON file. Raises UserError if the file is missing or damaged."""
+    require_file(path)
+    if path.stat().st_size > MAX_JSON_BYTES:
+        raise UserError(f"{path} has more than {MAX_JSON_BYTES:,} bytes; was it edited?")
+    try:
+        return json.loads(path.read_text(encoding="utf-8"))
+    except (ValueError, RecursionError) as error:
+        raise UserError(f"{path} is not valid JSON ({error}); was it edited?") from None
+
+
+def lock(path: Path, in_use: str) -> BaseFileLock:
+    """A lock on `path`, held until its `release()`. Raises UserError(in_use) if another process holds it."""
+    held = FileLock(path)
+    try:
+        held.acquire(blocking=False)
+    except Timeout:
+        raise UserError(in_use) from None
+    return held

@@ -1,0 +1,326 @@
+"""The training loop: `train` is read from top to bottom, and everything it calls is a plain function below it.
+
+It sees training and validation images only. Everything random is derived from (seed, epoch, step), so a checkpoint
+consists of the weights, the optimizers and how far the run has come: there is no generator to save.
+"""
+
+import itertools
+import math
+import signal
+import sys
+import time
+from collections.abc import Callable, Iterable
+from functools import partial
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from torch.optim.swa_utils import update_bn
+from torch.utils.flop_counter import FlopCounterMode
+from tqdm import tqdm
+
+from common.errors import Interrupted, UserError
+from models.layers import set_side
+from training.checkpoint import Optimizers, Progress, restore
+from training.distributed import ALONE, Processes, lost_process_explained
+from training.hardware import autocast, machine_facts, peak_memory, require_memory, wait_for
+from training.optimizers import make_optimizers, set_rates
+from training.run_folder import NullRun
+from training.settings import Script, Settings
+from utils import Augmentation, Split, batches, compute_logits, derived_seed, steps_per_epoch, to_float
+
+LOOK_EVERY = 0.5  # seconds between looks at the running loss, each of which waits for the device
+REFRESH_BATCH = 500  # images per batch when batch norm's statistics are recomputed
+INPUT_SAMPLE = 10_000  # training images from which a model fits its normalization
+
+LossFunction = Callable[[Tensor, Tensor], Tensor]
+
+
+def print_epoch(row: dict[str, Any], settings: Settings) -> None:
+    """One line per epoch, above the progress bar."""
+    val = "" if row["val_acc"] is None else f", val loss {row['val_loss']:.3f}, val acc {row['val_acc']:.2f}%"
+    tqdm.write(f"epoch {row['epoch']:>3}/{settings.epochs}: train loss {row['train_loss']:.3f}, "
+               f"train acc {row['train_acc']:.2f}%{val}, {row['seconds']:.1f} s", file=sys.stdout)
+    sys.stdout.flush()
+
+
+def train(
+    model: nn.Module, train_split: Split, val_split: Split | None, run: NullRun, *, processes: Processes = ALONE,
+    quiet: bool = False, after_epoch: Callable[[dict[str, Any], Settings], None] = print_epoch,
+) -> dict[str, Any]:
+    """Train `model`, a `new_model`, with `run.settings`, from the run's checkpoint if it has one.
+
+    Writes the run's files and returns the content of `result.json`. `after_epoch` gets each epoch's row of
+    `metrics.csv`, and may raise to end the training there. All `processes` call this alike; the first one alone
+    validates, calls `after_epoch` and has a run with a folder.
+
+    Raises Interrupted after a signal, with a checkpoint saved, and UserError if the loss is no longer finite, with the
+    last good checkpoint in place.
+    """
+    # Prepare. Each process holds the whole training set and takes its part of every batch.
+    settings, device = run.settings, torch.device(run.settings.device)
+    data = train_split.to(device)
+    steps = steps_per_epoch(len(data), settings.batch_size)
+    flops = epoch_flops(model, len(data), settings)
+    optimizers = make_optimizers(model, settings)
+    loss_function = loss_of(settings)
+    mix = make_mixup(settings.mixup, num_classes=len(data.fine_names))
+    forward: Any = processes.average_gradients(model)
+    if settings.compile:
+        forward = torch.compile(forward)
+
+    with (StopRequest() as stop, lost_process_explained(f"resume with: {run.resume_command}"),
+          progress_bar(sum(flops), disable=quiet or not processes.is_first) as bar):
+        machine = machine_facts(device.type)
+
+        # Restore. What the weights, the optimizers and `progress` do not hold is a function of the step's number.
+        saved = processes.from_first(run.load_checkpoint())
+        progress = Progress() if saved is None else restore(saved, model, optimizers, run.name, settings.epochs)
+        loss_sum = torch.tensor(progress.loss, dtype=torch.float32, device=device)  # stays there: reading it waits
+        correct_sum = torch.tensor(progress.correct, device=device)
+        bar.n = bar.initial = bar.last_print_n = sum(flops[:progress.epoch]) + (
+            flops[progress.epoch] * progress.step / steps if progress.step else 0)
+        saved_at = time.monotonic()
+
+        for epoch in range(progress.epoch, settings.epochs):
+            set_side(model, settings.side_in(epoch))  # progressive resolution
+            model.train()
+            started, looked_at = time.perf_counter() - progress.seconds, 0.0
+
+            for images, labels in batches(data, settings.batch_size, settings.augmentation, seed=settings.seed,
+                                          epoch=epoch, first_step=progress.step):
+                set_rates(optimizers, settings, (epoch * steps + progress.step) / (steps * settings.epochs))
+
+                # Every process mixes the whole batch, so that the result does not depend on their number; after that
+                # each draws its own dropout.
+                torch.manual_seed(derived_seed("model", settings.seed, epoch, progress.step))
+                images, targets = map(processes.part, mix(images, labels))
+                if processes.count > 1:
+                    torch.manual_seed(derived_seed("model", settings.seed, epoch, progress.step, processes.rank))
+                weight = len(images) * processes.count / len(labels)  # 1, unless the parts differ by an image
+
+                logits, loss = training_step(forward, optimizers, images, targets, loss_function, settings.precision,
+                                             weight)
+
+                # Count. With mixed images the label with the larger share is the right one.
+                hits = logits.argmax(1) == (targets if targets.ndim == 1 else targets.argmax(1))
+                loss_sum += processes.sum(loss * len(images))
+                correct_sum += processes.sum(hits.sum())
+                progress.images += len(labels)
+                progress.step += 1
+                progress.seconds = time.perf_counter() - started
+                bar.update(flops[epoch] / steps)
+
+                # Twice a second: is the loss finite? Every few minutes, and before stopping: save a checkpoint.
+                stopped, look = processes.max(stop.signal, time.monotonic() - looked_at > LOOK_EVERY)
+                due = time.monotonic() - saved_at > 60 * settings.checkpoint_every
+                if look or stopped or due:
+                    looked_at = time.monotonic()
+                    progress.loss, progress.correct = float(loss_sum), int(correct_sum)
+                    show_progress(bar, progress, settings)
+                    require_finite([loss_sum], "loss", run, progress)
+                if stopped or due:
+                    save_checkpoint(run, model, optimizers, progress)
+                    saved_at = time.monotonic()
+                if stopped:
+                    raise Interrupted(stopped, f"checkpoint saved; resume with: {run.resume_command}")
+
+            # The epoch is over: batch norm's final statistics, validation, one row of metrics.csv and one line.
+            require_finite([loss_sum], "loss", run, progress)
+            if epoch + 1 == settings.epochs:
+                refresh_norms(model, data, settings.refresh_norms, seed=settings.seed)
+            wait_for(device)
+            progress.seconds = time.perf_counter() - started
+            last_step = (epoch + 1) * steps - 1
+            set_rates(optimizers, settings, last_step / (steps * settings.epochs))  # if it was resumed just here
+            row = {"epoch": epoch + 1, "train_loss": loss_sum.item() / progress.images,
+                   "train_acc": 100 * correct_sum.item() / progress.images,
+                   **validate(model, val_split if processes.is_first else None),
+                   "lr": optimizers[0].param_groups[0]["lr"], "seconds": round(progress.seconds, 3)}
+            progress = Progress(epoch=epoch + 1, rows=[*progress.rows, row])
+            loss_sum.zero_()
+            correct_sum.zero_()
+            run.log(progress.rows)
+            if processes.is_first:
+                after_epoch(row, settings)
+
+        # Finish. The last weights are the result: no epoch is chosen.
+        save_checkpoint(run, model, optimizers, progress)
+        result = summarize(model, progress.rows, len(data), flops, settings, processes, machine,
+                           resumed=saved is not None)
+        run.finish(model, progress.rows, result)
+
+    (stopped,) = processes.max(stop.signal)
+    if stopped:  # after the last step: this run is complete, and the next seed is not started
+        raise Interrupted(stopped, f"{run.name} is finished; the next run was not started")
+    return result
+
+
+def training_step(
+    model: nn.Module, optimizers: Optimizers, images: Tensor, targets: Tensor,
+    loss_function: LossFunction, precision: str = "float32", weight: float = 1.0,
+) -> tuple[Tensor, Tensor]:
+    """One step on a batch; returns the logits, [B, C], and the mean loss, a scalar, both detached.
+
+    images: float32 [B, 3, 32, 32]; targets: class indices, int64 [B], or class shares, float32 [B, C]; weight: of this
+    loss in the mean over processes, whose parts of a batch may differ by an image.
+    """
+    for optimizer in optimizers:
+        optimizer.zero_grad(set_to_none=True)
+    with autocast(images.device, precision):
+        logits = model(images.contiguous(memory_format=torch.channels_last))
+    loss = loss_function(logits.float(), targets)
+    (loss * weight).backward()
+    for optimizer in optimizers:
+        optimizer.step()
+    return logits.detach(), loss.detach()
+
+
+def loss_of(settings: Settings) -> LossFunction:
+    """Cross-entropy in nats, with label smoothing (Szegedy et al. 2015, arXiv 1512.00567)."""
+    return partial(F.cross_entropy, label_smoothing=settings.label_smoothing)
+
+
+def new_model(script: Script, settings: Settings, split: Split, num_outputs: int | None = None) -> nn.Module:
+    """The network of `settings` with the initial weights of its seed, fitted and placed by `fit_and_place`.
+
+    num_outputs: one per class of `split` by default. Raises UserError if this machine does not have the memory to train
+    it.
+    """
+    outputs = len(split.fine_names) if num_outputs is None else num_outputs
+    require_memory(lambda: script.build_model(settings, outputs), settings.device)
+    torch.manual_seed(derived_seed("init", settings.seed))
+    return fit_and_place(script.build_model(settings, outputs), split, settings)
+
+
+def fit_and_place(model: Any, split: Split, settings: Settings) -> nn.Module:
+    """The model on its device, in channels_last order, with its normalization fitted to the first training images."""
+    model.fit_inputs(to_float(split.images[:INPUT_SAMPLE]))
+    return model.to(settings.device, memory_format=torch.channels_last)
+
+
+def make_mixup(alpha: float, num_classes: int) -> Callable[[Tensor, Tensor], tuple[Tensor, Tensor]]:
+    """MixUp (Zhang et al. 2017, arXiv 1710.09412) of a batch with itself, the share drawn from PyTorch's generator.
+
+    The function takes images and labels, int64 [B], and returns mixed images and shares, float32 [B, num_classes];
+    with an `alpha` of 0 it returns its arguments.
+    """
+    if not alpha:
+        return lambda images, labels: (images, labels)
+    from torchvision.transforms.v2 import MixUp  # here, because importing torchvision takes a second
+
+    return MixUp(alpha=alpha, num_classes=num_classes)
+
+
+def refresh_norms(model: nn.Module, data: Split, images: int, *, seed: int) -> None:
+    """Recompute batch norm's statistics from about `images` unaugmented training images, with the weights as they are.
+
+    A running mean lags behind weights that still move, and has seen augmented images (Wu and Johnson 2021, arXiv
+    2105.07576, section 3). With 0 images nothing happens.
+    """
+    if not images:
+        return
+    steps = math.ceil(min(images, len(data)) / REFRESH_BATCH)
+    update_bn((batch for batch, _ in itertools.islice(
+        batches(data, REFRESH_BATCH, Augmentation(), seed=seed, epoch=-1), steps)), model)
+
+
+def validate(model: nn.Module, val_split: Split | None) -> dict[str, float | None]:
+    """Loss and accuracy, in percent, on the validation set; None for both without one."""
+    if val_split is None:
+        return {"val_loss": None, "val_acc": None}
+    logits = compute_logits(model, val_split.images)
+    return {"val_loss": float(F.cross_entropy(logits, val_split.fine_labels)),
+            "val_acc": 100 * float((logits.argmax(1) == val_split.fine_labels).float().mean())}
+
+
+def save_checkpoint(run: NullRun, model: nn.Module, optimizers: Optimizers, progress: Progress) -> None:
+    """Write a checkpoint, unless its weights are no longer finite: then UserError, and the last one is kept."""
+    require_finite(model.state_dict().values(), "weights", run, progress)
+    run.save_checkpoint(model, optimizers, progress)
+
+
+def require_finite(tensors: Iterable[Tensor], what: str, run: NullRun, progress: Progress) -> None:
+    """Raise UserError if a number in `tensors` is infinite or not a number."""
+    if all(bool(torch.isfinite(tensor).all()) for tensor in tensors):
+        return
+    epoch = min(progress.epoch + 1, run.settings.epochs)
+    raise UserError(f"the {what} of {run.name} stopped being finite by epoch {epoch}, step {progress.step}; "
+                    "the last checkpoint, if there is one, is kept; try a smaller --lr or --precision float32")
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Cost and progress
+# ---------------------------------------------------------------------------------------------------------------------
+
+
+def forward_flops(model: nn.Module) -> int:
+    """FLOPs of the forward pass of one 32x32 image, a multiply-add counted as two, by PyTorch's own counter."""
+    was_training = model.training
+    image = torch.zeros(1, 3, 32, 32, device=next(model.parameters()).device)
+    with torch.no_grad(), FlopCounterMode(display=False) as counter:
+        model.eval()(image)
+    model.train(was_training)
+    return counter.get_total_flops()
+
+
+def epoch_flops(model: nn.Module, images: int, settings: Settings) -> list[int]:
+    """Training FLOPs, 3 x forward, of each epoch on `images` images. The model is left at the last epoch's side."""
+    sides = [settings.side_in(epoch) for epoch in range(settings.epochs)]
+    forward = {}
+    for side in dict.fromkeys(reversed(sides)):
+        set_side(model, side)
+        forward[side] = forward_flops(model)
+    set_side(model, sides[-1])
+    return [3 * forward[side] * images for side in sides]
+
+
+def summarize(model: nn.Module, rows: list[dict[str, Any]], images: int, flops: list[int], settings: Settings,
+              processes: Processes, machine: dict[str, Any], *, resumed: bool) -> dict[str, Any]:
+    """The content of `result.json` for a finished training with `images` images per epoch."""
+    seen, seconds = images * settings.epochs, sum(row["seconds"] for row in rows)
+    return {
+        **{name: rows[-1][name] for name in ("train_loss", "train_acc", "val_loss", "val_acc")},
+        "epochs": settings.epochs,
+        "train_seconds": round(seconds, 2),
+        "images_per_second": round(seen / seconds, 1),
+        "train_flops": sum(flops),
+        "parameters": sum(p.numel() for p in model.parameters()),
+        "peak_memory_bytes": peak_memory(settings.device),
+        "processes": processes.count,
+        "resumed": resumed,
+        "machine": {**machine, "threads": settings.threads * processes.count},
+    }
+
+
+def progress_bar(total: float, *, disable: bool) -> tqdm:
+    """A bar in FLOPs, because steps differ in length and FLOPs do not; on a terminal only."""
+    return tqdm(total=total, unit="FLOP", unit_scale=True, disable=True if disable else None, mininterval=LOOK_EVERY,
+                dynamic_ncols=True)
+
+
+def show_progress(bar: tqdm, progress: Progress, settings: Settings) -> None:
+    rate = progress.images / max(progress.seconds, 1e-9)
+    bar.set_description_str(f"epoch {progress.epoch + 1}/{settings.epochs}", refresh=False)
+    bar.set_postfix_str(f"loss {progress.loss / progress.images:.3f}, {rate:,.0f} images/s")
+
+
+class StopRequest:
+    """While the block lasts, a first SIGINT or SIGTERM only sets `signal`; a second one acts as it always does."""
+
+    def __enter__(self) -> "StopRequest":
+        self.signal = 0
+        self._before = {number: signal.signal(number, self._note) for number in (signal.SIGINT, signal.SIGTERM)}
+        return self
+
+    def _note(self, number: int, frame: object) -> None:
+        self.signal = number
+        self._restore()
+
+    def _restore(self) -> None:
+        for number, handler in self._before.items():
+            signal.signal(number, handler)
+
+    def __exit__(self, *exception: object) -> None:
+        self._restore()

@@ -1,0 +1,312 @@
+"""The folder that a training writes: settings, metrics, checkpoints, weights, result and learning curves.
+
+`RunFolder` owns every path in it; each file is put in place whole or not at all.
+"""
+
+import dataclasses
+import errno
+import itertools
+import json
+import os
+import platform
+import re
+import shutil
+import subprocess
+import sys
+import time
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any
+
+from torch import nn
+
+from common.command_line import with_results_dir
+from common.errors import UserError
+from common.files import PARTIAL, ROOT, flush_to_disk, lock, read_json, replacing, write_csv, write_json
+from common.plotting import BLUE, ORANGE, new_figure, save_figure
+from common.run_files import METRICS, RESERVED
+from common.text import flops_text
+from models import save_model
+from training.checkpoint import Checkpoint, Optimizers, Progress, checkpoint_bytes, read_checkpoint
+from training.distributed import Processes
+from training.flags import Options
+from training.settings import Script, Settings, flag_of, show
+
+PLOT_EVERY = 15.0  # seconds, since drawing a figure takes a good part of one
+
+
+class NullRun:
+    """A run that keeps nothing: for a training in memory, and in all processes of a training but the first."""
+
+    def __init__(self, name: str, settings: Settings, *, resume_command: str = "", finished: bool = False) -> None:
+        self.name, self.settings, self.resume_command, self.finished = name, settings, resume_command, finished
+
+    def __enter__(self) -> "NullRun":
+        return self
+
+    def __exit__(self, *exception: object) -> None:
+        pass
+
+    def save_checkpoint(self, model: nn.Module, optimizers: Optimizers, progress: Progress) -> None:
+        pass
+
+    def load_checkpoint(self) -> Checkpoint | None:
+        return None
+
+    def log(self, rows: list[dict[str, Any]]) -> None:
+        pass
+
+    def finish(self, model: nn.Module, rows: list[dict[str, Any]], result: dict[str, Any]) -> None:
+        pass
+
+    def print_start(self, images: int) -> None:
+        pass
+
+    def print_result(self) -> None:
+        pass
+
+
+class RunFolder(NullRun):
+    """The folder of one training, locked as long as the `with` block that uses it lasts.
+
+    processes: the number of processes that train it, from `script`.
+    """
+
+    def __init__(self, folder: Path, settings: Settings, script: Script, processes: int) -> None:
+        self._lock = lock(folder / ".lock",
+                          in_use=f"the run {folder} is in use by another process; wait for it or stop it")
+        self.folder, self._processes = folder, processes
+        self.checkpoint_path = folder / "checkpoint.safetensors"
+        self.previous_path = folder / "checkpoint-previous.safetensors"
+        self.weights_path = folder / "model.safetensors"
+        self.result_path = folder / "result.json"
+        self._last_plot = -PLOT_EVERY
+        resume_command = with_results_dir(f"{script.launcher(processes)} --resume {folder.name}", folder.parent)
+        super().__init__(folder.name, settings, resume_command=resume_command, finished=self.result_path.exists())
+        if not self.finished:  # a training that was killed while writing leaves partial files behind
+            for partial in folder.glob(f".*{PARTIAL}"):
+                partial.unlink()
+
+    def __enter__(self) -> "RunFolder":
+        return self
+
+    def __exit__(self, *exception: object) -> None:
+        self._lock.release()
+
+    @classmethod
+    def create(
+        cls, results_dir: Path, settings: Settings, name: str | None, script: Script, processes: int
+    ) -> "RunFolder":
+        """A new folder, never an existing one: `name`, or <recipe>-s<seed> with -2, -3, ... appended.
+
+        It appears with its config in it or not at all. Raises UserError if `name` is taken or is not a valid name.
+        """
+        base = f"{settings.recipe}-s{settings.seed}"
+        counted = itertools.chain([base], (f"{base}-{count}" for count in itertools.count(2)))
+        names = counted if name is None else iter([_checked_name(name)])
+        config = {"settings": dataclasses.asdict(settings), "command": script.command_for(settings, processes),
+                  "processes": processes, **provenance()}
+        results_dir.mkdir(parents=True, exist_ok=True)
+        new = results_dir / f".new.{os.getpid()}.{time.time_ns()}"
+        new.mkdir()
+        try:
+            write_json(new / "config.json", config)
+            folder = next((results_dir / free for free in names if _rename(new, results_dir / free)), None)
+        finally:
+            shutil.rmtree(new, ignore_errors=True)
+        if folder is None:
+            raise UserError(f"the run {results_dir / str(name)} exists: choose another --name, or resume it with "
+                            f"--resume {name}")
+        return cls(folder, settings, script, processes)
+
+    @classmethod
+    def resume(cls, results_dir: Path, name: str, given: dict[str, Any], script: Script, processes: int) -> "RunFolder":
+        """The run `name` with the settings that it was started with; flags in `given` must not contradict them.
+
+        Raises UserError if they do, if it was started with another number of processes, if there is no such run, if
+        another process has it, or if its config is damaged.
+        """
+        folder = results_dir / _checked_name(name)
+        if not folder.is_dir():
+            raise UserError(f"there is no run {folder} to resume")
+        config = read_json(folder / "config.json")
+        if not isinstance(config, dict) or not isinstance(config.get("settings"), dict):
+            raise UserError(f"{folder / 'config.json'} has no settings; was it edited?")
+        before = config.get("processes", 1)
+        if before != processes:
+            raise UserError(f"the run {name} was started with {before} processes, not {processes}: "
+                            f"resume it with torchrun --nproc_per_node={before}")
+        settings = script.settings_class.from_config(config["settings"])
+        may_differ = {f.name for f in dataclasses.fields(settings) if f.metadata["resumable"]}
+        for setting_name, value in given.items():
+            was = getattr(settings, setting_name)
+            if setting_name in may_differ:
+                settings = dataclasses.replace(settings, **{setting_name: value})
+            elif value != was and value != "auto" and (setting_name, value) != ("threads", 0):
+                raise UserError(f"the run {name} was started with {flag_of(setting_name)} {show(was)}, "
+                                f"not {show(value)}: resume it without that flag, or start a new run")
+        return cls(folder, settings, script, processes)
+
+    def save_checkpoint(self, model: nn.Module, optimizers: Optimizers, progress: Progress) -> None:
+        """Write a checkpoint and keep the one before it."""
+        content = checkpoint_bytes(model, optimizers, progress, dataclasses.asdict(self.settings))
+        with replacing(self.checkpoint_path) as partial:
+            partial.write_bytes(content)
+            flush_to_disk(partial)  # before the old ones move
+            if self.checkpoint_path.exists():
+                os.replace(self.checkpoint_path, self.previous_path)
+
+    def load_checkpoint(self) -> Checkpoint | None:
+        """The last checkpoint (`training.checkpoint.read_checkpoint`), on the CPU, or None before the first one.
+
+        A damaged file is replaced by the one before it, with a warning. Raises UserError if that is damaged too, or if
+        the checkpoint belongs to other settings than those of `config.json`.
+        """
+        found = [path for path in (self.checkpoint_path, self.previous_path) if path.exists()]
+        damages = []
+        for path in found:
+            try:
+                tensors, rest = read_checkpoint(path)
+            except ValueError as damage:
+                damages.append(f"{path} is damaged ({damage})")
+                continue
+            self._require_same_settings(path, rest["settings"])
+            if path == self.previous_path:
+                if damages:
+                    print(f"warning: {damages[0]}: resuming from the checkpoint before it", file=sys.stderr)
+                os.replace(path, self.checkpoint_path)  # so that the next one does not push out the only good one
+            return tensors, rest
+        if found:
+            raise UserError(f"{' and '.join(damages)}: delete {'it' if len(found) == 1 else 'both'} to start this "
+                            "run from the beginning")
+        return None
+
+    def _require_same_settings(self, path: Path, saved: dict[str, Any]) -> None:
+        """Raise UserError if a checkpoint's settings are not this run's."""
+        current = json.loads(json.dumps(dataclasses.asdict(self.settings)))  # tuples as lists, as `saved` has them
+        for f in dataclasses.fields(self.settings):
+            if current[f.name] != saved.get(f.name) and not f.metadata["resumable"]:
+                raise UserError(f"{path} was saved with {flag_of(f.name)} {show(saved.get(f.name))}, but config.json "
+                                f"now has {show(current[f.name])}: restore it")
+
+    def log(self, rows: list[dict[str, Any]]) -> None:
+        """Write all epochs so far to `metrics.csv` and draw them."""
+        write_csv(self.folder / "metrics.csv", METRICS, ([row[name] for name in METRICS] for row in rows))
+        if time.monotonic() - self._last_plot >= PLOT_EVERY:
+            self._plot(rows)
+
+    def _plot(self, rows: list[dict[str, Any]]) -> None:
+        save_figure(learning_curves(rows, self.name, synthetic=self.settings.synthetic), self.folder / "loss.png")
+        self._last_plot = time.monotonic()
+
+    def finish(self, model: nn.Module, rows: list[dict[str, Any]], result: dict[str, Any]) -> None:
+        """Put the last figure, the weights and, as the last thing, the result in place."""
+        self.log(rows)
+        self._plot(rows)
+        with replacing(self.weights_path) as partial:
+            save_model(model, partial)
+        self.previous_path.unlink(missing_ok=True)
+        write_json(self.result_path, result)
+
+    def print_start(self, images: int) -> None:
+        """Say what is trained on `images` images per epoch, and where it is kept."""
+        settings, processes = self.settings, self._processes
+        each = f"{processes} processes, each " if processes > 1 else ""
+        print(f"{self.name}: {settings.epochs} epochs on {images:,} {settings.dataset}, {settings.precision} on "
+              f"{settings.device} with {each}{settings.threads} threads, in {self.folder}", flush=True)
+
+    def print_result(self) -> None:
+        """Say what the finished run reached, and the next command. Raises UserError if result.json is damaged."""
+        result = read_json(self.result_path)
+        try:
+            accuracy = "no validation accuracy, since it was trained on all images" if result["val_acc"] is None \
+                else f"validation accuracy {result['val_acc']:.2f}%"
+            cost = (f"{result['train_seconds']:.0f} s of training, {flops_text(result['train_flops'])} FLOPs, "
+                    f"{result['images_per_second']:,.0f} images/s")
+        except (KeyError, TypeError, ValueError) as error:
+            raise UserError(f"{self.result_path} is damaged; was it edited?") from error
+        print(f"{self.name} is finished: {accuracy}; {cost}\n"
+              f"measure it on the test set: {with_results_dir(f'python evaluate.py {self.name}', self.folder.parent)}",
+              flush=True)
+
+
+def create_run(script: Script, options: Options, settings: Settings, processes: Processes) -> NullRun:
+    """A new run, the same in all processes; the first process alone has its folder."""
+    run = None
+    if processes.is_first:
+        run = RunFolder.create(options.results_dir, settings, options.name, script, processes.count)
+    return _shared(run, settings, processes)
+
+
+def resume_run(script: Script, options: Options, processes: Processes) -> NullRun:
+    """The run that `--resume` names, the same in all processes; the first process alone has its folder."""
+    run, values = None, {}
+    if processes.is_first:
+        run = RunFolder.resume(options.results_dir, str(options.resume), options.given, script, processes.count)
+        values = dataclasses.asdict(run.settings)
+    return _shared(run, script.settings_class(**processes.from_first(values)), processes)
+
+
+def _shared(run: RunFolder | None, settings: Settings, processes: Processes) -> NullRun:
+    """The first process's run, and in the others a NullRun of the same name."""
+    facts: Any = (run.name, run.resume_command, run.finished) if run else None
+    name, resume_command, finished = processes.from_first(facts)
+    return run or NullRun(name, settings, resume_command=resume_command, finished=finished)
+
+
+def _rename(new: Path, folder: Path) -> bool:
+    """Rename the folder `new` to `folder` unless that exists; returns whether."""
+    try:
+        if not folder.exists():
+            os.rename(new, folder)
+            return True
+    except OSError as error:
+        if error.errno not in (errno.EEXIST, errno.ENOTEMPTY, errno.ENOTDIR):  # created meanwhile
+            raise
+    return False
+
+
+def _checked_name(name: str) -> str:
+    if not re.fullmatch(r"[A-Za-z0-9][A-Za-z0-9._-]{0,99}", name) or name in RESERVED:
+        raise UserError(f"{name!r} is not a run name: use letters, digits, '.', '_' and '-', "
+                        f"and none of {', '.join(RESERVED)}")
+    return name
+
+
+def provenance() -> dict[str, Any]:
+    """Everything needed to reproduce a number, except the settings."""
+
+    def git(*words: str) -> str | None:
+        try:
+            done = subprocess.run(["git", "-C", str(ROOT), *words], capture_output=True, text=True, timeout=10)
+        except (OSError, subprocess.TimeoutExpired):
+            return None
+        return done.stdout.strip() if done.returncode == 0 else None
+
+    status = git("status", "--porcelain", "--untracked-files=no")
+    return {
+        "started": time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime()),
+        "git_commit": git("rev-parse", "HEAD"),
+        "git_changes": None if status is None else bool(status),
+        "versions": {"python": platform.python_version(),
+                     **{package: version(package) for package in ("torch", "torchvision", "numpy")}},
+        "platform": f"{platform.system()} {platform.machine()}",
+    }
+
+
+def learning_curves(rows: list[dict[str, Any]], name: str, *, synthetic: bool = False) -> Any:
+    """Loss and accuracy over the epochs, training and validation, as a matplotlib Figure."""
+    figure = new_figure(9, 3.6, f"{name} – CIFAR-100" if not synthetic else name, synthetic=synthetic)
+    epochs = [row["epoch"] for row in rows]
+    labels = {"loss": "cross-entropy (nats)", "acc": "top-1 accuracy (%)"}
+    for axes, (metric, label) in zip(figure.subplots(1, 2), labels.items(), strict=True):
+        for part, meaning, color, style in (("train", "training, augmented, running mean", BLUE, "-"),
+                                            ("val", "validation", ORANGE, "--")):
+            values = [row[f"{part}_{metric}"] for row in rows]
+            if values[-1] is not None:
+                axes.plot(epochs, values, style, color=color, marker="." if len(rows) < 40 else "", label=meaning)
+        axes.set(xlabel="epoch", ylabel=label)
+        axes.xaxis.get_major_locator().set_params(integer=True)
+        axes.grid(alpha=0.3)
+        axes.legend(frameon=False)
+    return figure
