@@ -32,6 +32,7 @@ _MODELS: dict[str, Callable[..., nn.Module]] = {
     "original_cnn": OriginalCNN,
     "resnet18": resnet18,
 }
+MAX_HEADER_BYTES = 2**24  # of a safetensors file: the library unpacks a header to 20 times its size
 MAX_TENSORS = 10_000  # in a file; a ResNet of 1,000 layers has 6,000
 MAX_SIDE = 64  # of the images in a network: memory grows with its square, and no weight's shape depends on it
 MAX_MESSAGE = 500  # characters, since a message may quote the file
@@ -111,11 +112,14 @@ def _read_tensors(path: str | Path) -> tuple[dict[str, Tensor], dict[str, str]]:
         problem = "not a file" if Path(path).exists() else "missing"
         raise WeightsError(f"{path} cannot be read as a weights file: it is {problem}")
     try:
-        with safe_open(path, "pt", device="cpu") as file:
-            if len(file.keys()) > MAX_TENSORS:
+        with open(path, "rb") as file:
+            if int.from_bytes(file.read(8), "little") > MAX_HEADER_BYTES:
+                raise ValueError(f"its header has more than {MAX_HEADER_BYTES:,} bytes")
+        with safe_open(path, "pt", device="cpu") as opened:
+            names = opened.keys()
+            if len(names) > MAX_TENSORS:
                 raise ValueError(f"it has more than {MAX_TENSORS:,} tensors")
-            tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 (not a dictionary)
-            return tensors, file.metadata() or {}
+            return {name: opened.get_tensor(name) for name in names}, opened.metadata() or {}
     except Exception as error:  # safetensors raises types that its documentation does not list
         raise WeightsError(f"{path} cannot be read as a weights file: {error}") from error
 

@@ -17,8 +17,8 @@ from safetensors.torch import save
 from torch import Tensor, nn
 
 from common.errors import UserError
-from common.files import MAX_JSON_BYTES
 from common.run_files import METRICS
+from models import MAX_HEADER_BYTES
 
 MAX_COUNT = 2**53  # far above any count; converts exactly to a float and to an int64
 MAX_TENSORS = 100_000  # several times what a ResNet of 1,000 layers and its optimizer have
@@ -78,13 +78,16 @@ def read_checkpoint(path: Path) -> Checkpoint:
     """The contents of a checkpoint file. Raises ValueError if it is damaged, OSError if it is unreadable."""
     if not path.is_file():
         raise ValueError("it is not a file")
-    path.open("rb").close()  # safetensors hides why a file cannot be opened
+    with path.open("rb") as file:  # safetensors hides why a file cannot be opened
+        header = int.from_bytes(file.read(8), "little")
     try:
-        with safe_open(path, "pt", device="cpu") as file:
-            metadata = file.metadata()
-            if len(file.keys()) > MAX_TENSORS or len(metadata["rest"]) > MAX_JSON_BYTES:
-                raise ValueError("too large")
-            tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 (not a dictionary)
+        if header > MAX_HEADER_BYTES:
+            raise ValueError
+        with safe_open(path, "pt", device="cpu") as opened:
+            metadata, names = opened.metadata(), opened.keys()
+            if len(names) > MAX_TENSORS:
+                raise ValueError
+            tensors = {name: opened.get_tensor(name) for name in names}
         intact = metadata["sha256"] == _digest(tensors, metadata["rest"])
         rest = json.loads(metadata["rest"])
     except Exception as error:  # safetensors raises types that its documentation does not list
@@ -102,6 +105,8 @@ def restore(saved: Checkpoint, model: nn.Module, optimizers: Optimizers, run_nam
     tensors, rest = saved
     try:
         progress = Progress(**rest["progress"])
+        if asdict(progress).keys() != rest["progress"].keys():
+            raise ValueError("its progress is incomplete")
         progress.require_possible(epochs)
         weights = _below("model", tensors)
         states = [_below(f"optimizer.{number}", tensors) for number in range(len(optimizers))]
