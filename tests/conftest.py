@@ -1,0 +1,5 @@
+"""One thread per process: the tests' networks are tiny, and pytest-xdist runs several test files at once."""
+
+import os
+
+os.environ.setdefault("OMP_NUM_THREADS", "1")
