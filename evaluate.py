@@ -136,9 +136,7 @@ def _update(published: Published) -> None:
     print("\n".join([*problems, f"README.md, docs/ and results/results.json are up to date{exception}"]))
 
 
-# ---------------------------------------------------------------------------------------------------------------------
-# Figures and report
-# ---------------------------------------------------------------------------------------------------------------------
+# ---- Figures and report ---------------------------------------------------------------------------------------------
 
 
 def _write_figures(published: Published, name: str) -> None:

@@ -5,7 +5,7 @@
     python train_cnn.py --train-on-all --seeds 0,1,2    # the published runs, on all 50,000 training images
     python train_cnn.py --resume fast-s0                # continue an interrupted run from its last checkpoint
     python train_cnn.py --overfit-batch                 # the single-batch check: a minute on two CPU cores
-    python train_cnn.py --synthetic --epochs 3          # anywhere, at once: no dataset, no network
+    python train_cnn.py --synthetic --epochs 3          # runs anywhere: nothing to download
     torchrun --nproc_per_node=2 train_cnn.py            # in two processes: one per GPU, or one per CPU core
 """
 
@@ -27,14 +27,12 @@ from training.run_folder import create_run, resume_run
 from training.settings import Script, Settings, setting, show
 from utils import load_cifar100
 
-# ---------------------------------------------------------------------------------------------------------------------
-# Settings and recipes
-# ---------------------------------------------------------------------------------------------------------------------
+# ---- Settings and recipes -------------------------------------------------------------------------------------------
 
 
 @dataclass(kw_only=True)
 class CNNSettings(Settings):
-    """Settings of both scripts, plus the network, its arguments, and the resolution over time."""
+    """The settings shared with train_mlp.py, plus the network, its arguments and its schedule of image sizes."""
 
     model: str = setting("convnet", "the network", choices=("convnet", "original_cnn", "resnet18"))
     widths: tuple[int, ...] = setting((64, 192, 384), "convnet: filters of each stage", low=1, high=4096,
@@ -73,7 +71,7 @@ RECIPES: dict[str, dict[str, Any]] = {
                      flip=False),
 }
 
-# The single-batch check repeats one unchanged batch.
+# The single-batch check repeats one unchanged batch: an epoch is one step.
 OVERFIT: dict[str, Any] = dict(
     epochs=100, batch_size=64, optimizer="adam", lr=1e-3, weight_decay=0.0, warmup=0.0, schedule="constant",
     label_smoothing=0.0, flip=False, alternate=False, crop=0, jitter=0.0, mixup=0.0, refresh_norms=0,
@@ -82,7 +80,7 @@ OVERFIT: dict[str, Any] = dict(
 
 
 def build_model(settings: CNNSettings, num_outputs: int = 100) -> nn.Module:
-    """The network of `settings` with random weights, set to the last side it is trained at."""
+    """The network of `settings` with random weights, at its final image size."""
     side = settings.side_in(settings.epochs - 1)
     arguments: dict[str, dict[str, Any]] = {
         "convnet": dict(widths=settings.widths, blocks=settings.blocks, side=side),
@@ -94,18 +92,16 @@ def build_model(settings: CNNSettings, num_outputs: int = 100) -> nn.Module:
 
 SCRIPT = Script("train_cnn.py", __doc__, CNNSettings, RECIPES, OVERFIT, build_model)
 
-# ---------------------------------------------------------------------------------------------------------------------
-# The run
-# ---------------------------------------------------------------------------------------------------------------------
+# ---- The run --------------------------------------------------------------------------------------------------------
 
 
 def main(argv: list[str] | None = None) -> int:
-    """A training from its command line to its result; returns the exit status."""
+    """Train from the command line to the result; returns the exit status."""
     options = parse_command_line(SCRIPT, argv)
     if options.overfit_batch:
         return overfit_batch(SCRIPT, options)
 
-    with join_processes(options.settings.device) as processes:  # this one alone, unless torchrun started more
+    with join_processes(options.settings.device) as processes:  # a single process unless torchrun started more
         # A resumed run has the settings that it was started with.
         resumed = resume_run(SCRIPT, options, processes) if options.resume else None
         settings = resumed.settings if resumed else options.settings
@@ -114,7 +110,7 @@ def main(argv: list[str] | None = None) -> int:
             train_split, val_split = load_cifar100(
                 settings.data_folder, train_on_all=settings.train_on_all, use_synthetic=settings.synthetic)
 
-        # One run per seed: fresh weights, a folder, a training, its result.
+        # One run per seed. The first one settles what is "auto", so all of them share a device and a precision.
         for seed in (settings.seed,) if resumed else options.seeds:
             settings = prepare_device(replace(settings, seed=seed))
             model = new_model(SCRIPT, settings, train_split)

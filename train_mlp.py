@@ -4,7 +4,7 @@
     python train_mlp.py                                 # the recipe on 45,000 images, validated on the other 5,000
     python train_mlp.py --train-on-all --seeds 0,1,2    # the published runs, on all 50,000 training images
     python train_mlp.py --resume mlp-s0                 # continue an interrupted run from its last checkpoint
-    python train_mlp.py --synthetic --epochs 3          # anywhere, at once: no dataset, no network
+    python train_mlp.py --synthetic --epochs 3          # runs anywhere: nothing to download
 """
 
 import sys
@@ -25,14 +25,12 @@ from training.run_folder import create_run, resume_run
 from training.settings import Script, Settings, setting
 from utils import load_cifar100
 
-# ---------------------------------------------------------------------------------------------------------------------
-# Settings and recipe
-# ---------------------------------------------------------------------------------------------------------------------
+# ---- Settings and recipe --------------------------------------------------------------------------------------------
 
 
 @dataclass(kw_only=True)
 class MLPSettings(Settings):
-    """Settings of both scripts, plus the arguments of `models.MLP`."""
+    """The settings shared with train_cnn.py, plus the arguments of `models.MLP`."""
 
     widths: tuple[int, ...] = setting((2048, 1024, 512), "units of each hidden layer", low=1, high=65536)
     side: int = setting(32, "average images down to N x N pixels first", low=1, high=32)
@@ -55,7 +53,7 @@ RECIPES: dict[str, dict[str, Any]] = {
     ),
 }
 
-# The settings of the unfinished original; its widths are unknown.
+# The settings of the unfinished original, whose widths are unknown. An epoch of the check is one step.
 OVERFIT: dict[str, Any] = dict(
     epochs=1000, batch_size=64, optimizer="adam", lr=1e-4, weight_decay=0.0, warmup=0.0, schedule="constant",
     label_smoothing=0.0, flip=False, crop=0, mixup=0.0, precision="float32",
@@ -71,18 +69,16 @@ def build_model(settings: MLPSettings, num_outputs: int = 100) -> nn.Module:
 
 SCRIPT = Script("train_mlp.py", __doc__, MLPSettings, RECIPES, OVERFIT, build_model)
 
-# ---------------------------------------------------------------------------------------------------------------------
-# The run
-# ---------------------------------------------------------------------------------------------------------------------
+# ---- The run --------------------------------------------------------------------------------------------------------
 
 
 def main(argv: list[str] | None = None) -> int:
-    """A training from its command line to its result; returns the exit status."""
+    """Train from the command line to the result; returns the exit status."""
     options = parse_command_line(SCRIPT, argv)
     if options.overfit_batch:
         return overfit_batch(SCRIPT, options)
 
-    with join_processes(options.settings.device) as processes:  # this one alone, unless torchrun started more
+    with join_processes(options.settings.device) as processes:  # a single process unless torchrun started more
         # A resumed run has the settings that it was started with.
         resumed = resume_run(SCRIPT, options, processes) if options.resume else None
         settings = resumed.settings if resumed else options.settings
@@ -91,7 +87,7 @@ def main(argv: list[str] | None = None) -> int:
             train_split, val_split = load_cifar100(
                 settings.data_folder, train_on_all=settings.train_on_all, use_synthetic=settings.synthetic)
 
-        # One run per seed: fresh weights, a folder, a training, its result.
+        # One run per seed. The first one settles what is "auto", so all of them share a device and a precision.
         for seed in (settings.seed,) if resumed else options.seeds:
             settings = prepare_device(replace(settings, seed=seed))
             model = new_model(SCRIPT, settings, train_split)

@@ -35,7 +35,7 @@ from models.layers import set_side
 from models.resnet import BasicBlock, ResNet
 from train_cnn import RECIPES, CNNSettings, build_model
 from training.distributed import ALONE
-from training.hardware import choose_precision, machine_facts, prepare_device, wait_for
+from training.hardware import choose_precision, machine_facts, prepare_device, synchronize
 from training.loop import fit_and_place, forward_flops, loss_of, training_step
 from training.optimizers import make_optimizers, set_rates
 from utils import Split, batches, default_data_dir, load_cifar100
@@ -75,9 +75,7 @@ class Contestant:
         return self.total(lambda side: statistics.median(self.seconds[side]))
 
 
-# ---------------------------------------------------------------------------------------------------------------------
-# The others
-# ---------------------------------------------------------------------------------------------------------------------
+# ---- The others -----------------------------------------------------------------------------------------------------
 
 
 class _ResNetDBlock(BasicBlock):
@@ -128,9 +126,7 @@ def contestants() -> list[Contestant]:
     ]
 
 
-# ---------------------------------------------------------------------------------------------------------------------
-# Measuring
-# ---------------------------------------------------------------------------------------------------------------------
+# ---- Measuring ------------------------------------------------------------------------------------------------------
 
 
 def training_steps(contestant: Contestant, split: Split) -> Iterator[int]:
@@ -149,11 +145,11 @@ def time_turn(contestant: Contestant, steps: Iterator[int], side: int) -> float:
     """Seconds per image at this side, over a few seconds of training after one step to warm up."""
     set_side(contestant.model, side)
     next(steps)
-    wait_for(contestant.settings.device)
+    synchronize(contestant.settings.device)
     start, images, now = time.perf_counter(), 0, 0.0
     while now < SECONDS_PER_TURN:
         images += next(steps)
-        wait_for(contestant.settings.device)
+        synchronize(contestant.settings.device)
         now = time.perf_counter() - start
     return now / images
 

@@ -106,13 +106,14 @@ def exit_status(main: Callable[[], int]) -> int:
 def _run(main: Callable[[], int]) -> int:
     rank, count = launched()
     try:
-        status = main()
+        try:
+            status = main()
+        except Interrupted as stop:
+            status = stop.status
+            if rank == 0:
+                print(f"\n{stop}")
         print(end="", flush=True)  # a full disk or a closed pipe can still be reported here
         return status
-    except Interrupted as stop:
-        if rank == 0:
-            print(f"\n{stop}", flush=True)
-        return stop.status
     except (UserError, WeightsError) as error:
         message = str(error)
     except BrokenPipeError:  # whatever read the output has ended, as with `| head`

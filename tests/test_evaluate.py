@@ -61,9 +61,7 @@ def test_the_test_set_is_in_the_order_of_its_hashes(test_set: TestSet) -> None:
     assert test_set.coarse_labels[17] == split.coarse_labels[position]
 
 
-# ---------------------------------------------------------------------------------------------------------------------
-# A user's own runs
-# ---------------------------------------------------------------------------------------------------------------------
+# ---- A user's own runs ----------------------------------------------------------------------------------------------
 
 
 @pytest.fixture(scope="module")
@@ -197,9 +195,7 @@ def test_two_runs_are_compared_on_the_same_images(
     assert "p = 1 " in text and "chance may explain the difference" in text
 
 
-# ---------------------------------------------------------------------------------------------------------------------
-# Publishing
-# ---------------------------------------------------------------------------------------------------------------------
+# ---- Publishing -----------------------------------------------------------------------------------------------------
 
 
 def edit_config(run: Path, **changes: Any) -> None:
@@ -463,9 +459,7 @@ def test_publishing_that_fails_halfway_publishes_nothing(
     assert [run.name for run in find_runs(site.results) if run.published] == []
 
 
-# ---------------------------------------------------------------------------------------------------------------------
-# Near-duplicates and calibration
-# ---------------------------------------------------------------------------------------------------------------------
+# ---- Near-duplicates and calibration --------------------------------------------------------------------------------
 
 
 def list_near_duplicates(site: Site, hashes: np.ndarray) -> None:
@@ -532,9 +526,7 @@ def test_a_calibration_with_other_settings_is_refused(
     assert "lr: 0.01 and 0.02" in error_line(capsys)
 
 
-# ---------------------------------------------------------------------------------------------------------------------
-# Tables, figures, report and blocks
-# ---------------------------------------------------------------------------------------------------------------------
+# ---- Tables, figures, report and blocks -----------------------------------------------------------------------------
 
 
 def make_row(recipe: str, accuracy: float, **changes: Any) -> dict[str, Any]:
@@ -714,9 +706,7 @@ def test_the_committed_blocks_follow_from_committed_files() -> None:
     assert set(found) == set(blocks.BLOCKS)
 
 
-# ---------------------------------------------------------------------------------------------------------------------
-# The check of what is published
-# ---------------------------------------------------------------------------------------------------------------------
+# ---- The check of what is published ---------------------------------------------------------------------------------
 
 
 def scale_weights(run: Path, factor: float) -> None:

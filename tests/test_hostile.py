@@ -149,9 +149,7 @@ def create_folder(path: Path) -> None:
 PLACES = (create_pipe, link_to_a_device, create_folder)
 
 
-# ---------------------------------------------------------------------------------------------------------------------
-# Weights
-# ---------------------------------------------------------------------------------------------------------------------
+# ---- Weights --------------------------------------------------------------------------------------------------------
 
 TINY_CONVNET = {"widths": [4], "blocks": [1]}
 
@@ -333,9 +331,7 @@ def test_weights_that_are_not_a_file_are_refused(create: Callable[[Path], None],
         load_model(tmp_path / "x.safetensors")
 
 
-# ---------------------------------------------------------------------------------------------------------------------
-# The folder of a finished run
-# ---------------------------------------------------------------------------------------------------------------------
+# ---- The folder of a finished run -----------------------------------------------------------------------------------
 
 
 @pytest.fixture(scope="module")
@@ -554,9 +550,7 @@ def test_a_hostile_results_table_is_one_line_in_predict(own: Path, capsys: pytes
         assert "--model" in (line := error_line(capsys)) or "results.json" in line
 
 
-# ---------------------------------------------------------------------------------------------------------------------
-# Checkpoints, and the settings they are resumed with
-# ---------------------------------------------------------------------------------------------------------------------
+# ---- Checkpoints, and the settings they are resumed with ------------------------------------------------------------
 
 CHECKPOINT, PREVIOUS = "checkpoint.safetensors", "checkpoint-previous.safetensors"
 WEIGHT, MEMORY, STEP = "model.head.weight", "optimizer.0.0.exp_avg", "optimizer.0.0.step"  # some of its tensors
@@ -839,9 +833,7 @@ def test_impossible_settings_are_not_resumed(
         assert contents(stopped) == before
 
 
-# ---------------------------------------------------------------------------------------------------------------------
-# Memory
-# ---------------------------------------------------------------------------------------------------------------------
+# ---- Memory ---------------------------------------------------------------------------------------------------------
 
 
 def zeros(size: int) -> bytes:
@@ -910,9 +902,7 @@ def test_bombs_take_little_memory(finished: Path, interrupted: Path, good: bytes
         assert peak < BOUND
 
 
-# ---------------------------------------------------------------------------------------------------------------------
-# Images
-# ---------------------------------------------------------------------------------------------------------------------
+# ---- Images ---------------------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("suffix", ["jpg", "png", "webp", "gif", "bmp", "tif"])
@@ -931,9 +921,7 @@ def test_an_image_with_a_flipped_bit_is_read_or_refused(
     assert capfd.readouterr() == ("", "")
 
 
-# ---------------------------------------------------------------------------------------------------------------------
-# Calls that the sources must not contain
-# ---------------------------------------------------------------------------------------------------------------------
+# ---- Calls that the sources must not contain ------------------------------------------------------------------------
 
 UNSAFE_IMPORTS = {"pickle", "cPickle", "_pickle", "cloudpickle", "dill", "joblib", "jsonpickle", "marshal", "shelve",
                   "yaml"}

@@ -104,9 +104,7 @@ def calls(node: ast.AST) -> set[str]:
     return {target.id if isinstance(target, ast.Name) else getattr(target, "attr", "") for target in called}
 
 
-# ---------------------------------------------------------------------------------------------------------------------
-# Rooms and imports
-# ---------------------------------------------------------------------------------------------------------------------
+# ---- Rooms and imports ----------------------------------------------------------------------------------------------
 
 
 def test_the_top_level_has_the_scripts_and_the_loader() -> None:
@@ -150,9 +148,7 @@ def test_no_module_needs_posix_to_be_imported() -> None:
     assert {file: modules for file, modules in found.items() if modules} == {}
 
 
-# ---------------------------------------------------------------------------------------------------------------------
-# Honesty: training sees no test image, evaluation sees no optimizer
-# ---------------------------------------------------------------------------------------------------------------------
+# ---- Honesty: training sees no test image, evaluation sees no optimizer ---------------------------------------------
 
 
 def test_only_two_modules_open_the_test_set() -> None:
@@ -184,9 +180,7 @@ def test_a_script_is_three_calls_from_backward(script: str) -> None:
     assert "backward" in calls(function(ROOT / "training" / "loop.py", "training_step"))
 
 
-# ---------------------------------------------------------------------------------------------------------------------
-# Documents and English
-# ---------------------------------------------------------------------------------------------------------------------
+# ---- Documents and English ------------------------------------------------------------------------------------------
 
 
 def test_no_file_names_a_folder_of_a_personal_machine() -> None:

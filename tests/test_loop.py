@@ -69,9 +69,7 @@ def interrupted_after(monkeypatch: pytest.MonkeyPatch, steps: int, train: Callab
         return train()
 
 
-# ---------------------------------------------------------------------------------------------------------------------
-# Cost, precision, MixUp
-# ---------------------------------------------------------------------------------------------------------------------
+# ---- Cost, precision, MixUp -----------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("widths", [(8,), (16, 8), (2048, 1024, 512)])
@@ -110,9 +108,7 @@ def test_mixup_mixes_images_and_labels_alike() -> None:
     assert unmixed is images and same_labels is labels
 
 
-# ---------------------------------------------------------------------------------------------------------------------
-# A run and its files
-# ---------------------------------------------------------------------------------------------------------------------
+# ---- A run and its files --------------------------------------------------------------------------------------------
 
 
 @pytest.fixture(scope="module")
@@ -285,9 +281,7 @@ def test_a_failing_write_leaves_only_the_old_file(tmp_path: Path) -> None:
     assert run_names(tmp_path) == ["file.txt"]
 
 
-# ---------------------------------------------------------------------------------------------------------------------
-# Repeatability, stopping and resuming
-# ---------------------------------------------------------------------------------------------------------------------
+# ---- Repeatability, stopping and resuming ---------------------------------------------------------------------------
 
 
 @pytest.fixture(scope="module")
@@ -426,9 +420,7 @@ def test_training_needs_no_posix_module(tmp_path: Path) -> None:
     assert read_json(tmp_path / "mlp-s0" / "result.json")["peak_memory_bytes"] is None
 
 
-# ---------------------------------------------------------------------------------------------------------------------
-# Losses that are not finite
-# ---------------------------------------------------------------------------------------------------------------------
+# ---- Losses that are not finite -------------------------------------------------------------------------------------
 
 
 def spoil_step(monkeypatch: pytest.MonkeyPatch, number: int, weight: float, loss_factor: float) -> None:

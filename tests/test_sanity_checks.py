@@ -72,9 +72,7 @@ def plant_missing_zero_grad(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(torch.optim.Optimizer, "zero_grad", lambda self, set_to_none=True: None)
 
 
-# ---------------------------------------------------------------------------------------------------------------------
-# A sound network
-# ---------------------------------------------------------------------------------------------------------------------
+# ---- A sound network ------------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("name", ["tiny", pytest.param("tiny-convnet", marks=pytest.mark.slow)])
@@ -100,9 +98,7 @@ def test_the_film_strip_shows_predictions_and_verdicts(subject: Subject) -> None
     assert all(cell.endswith("1%") for cell in cells[::2])
 
 
-# ---------------------------------------------------------------------------------------------------------------------
-# The classic bugs
-# ---------------------------------------------------------------------------------------------------------------------
+# ---- The classic bugs -----------------------------------------------------------------------------------------------
 
 
 def test_shuffled_labels_fail_the_baseline(subject: Subject) -> None:
@@ -244,9 +240,7 @@ def test_a_missing_train_call_fails_the_check_of_modes(
     assert not check("batch norm's two modes", subject).passed
 
 
-# ---------------------------------------------------------------------------------------------------------------------
-# Other bugs
-# ---------------------------------------------------------------------------------------------------------------------
+# ---- Other bugs -----------------------------------------------------------------------------------------------------
 
 
 def test_a_head_that_starts_too_large_fails_the_first_loss(subject: Subject) -> None:
@@ -295,9 +289,7 @@ def test_a_missing_optimizer_step_fails_predictions_over_time(
     assert not check("predictions over time", subject).passed
 
 
-# ---------------------------------------------------------------------------------------------------------------------
-# The command line
-# ---------------------------------------------------------------------------------------------------------------------
+# ---- The command line -----------------------------------------------------------------------------------------------
 
 
 def test_one_failed_check_gives_exit_status_1(

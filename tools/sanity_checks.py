@@ -2,7 +2,7 @@
 
     python -m tools.sanity_checks                  # the MLP and the convolutional network of the results table
     python -m tools.sanity_checks --model mlp      # one of them
-    python -m tools.sanity_checks --synthetic      # anywhere: no dataset, no network
+    python -m tools.sanity_checks --synthetic      # runs anywhere: nothing to download
 
 The checks and their order are Karpathy's (2019, karpathy.github.io/2019/04/25/recipe). We added three, for stale
 gradients, validation and batch normalization, since those bugs pass all the others. The checks call the functions that
@@ -75,9 +75,7 @@ NETWORKS = {
 }
 
 
-# ---------------------------------------------------------------------------------------------------------------------
-# Subject and outcome of a check
-# ---------------------------------------------------------------------------------------------------------------------
+# ---- Subject and outcome of a check ---------------------------------------------------------------------------------
 
 
 @dataclass(frozen=True)
@@ -147,9 +145,7 @@ class Outcome:
     expected: str
 
 
-# ---------------------------------------------------------------------------------------------------------------------
-# The checks
-# ---------------------------------------------------------------------------------------------------------------------
+# ---- The checks -----------------------------------------------------------------------------------------------------
 
 
 def loss_at_initialization(subject: Subject) -> Outcome:
@@ -325,9 +321,7 @@ def run_check(check: Callable[[Subject], Outcome], subject: Subject) -> Outcome:
         return Outcome(False, "none", str(problem))
 
 
-# ---------------------------------------------------------------------------------------------------------------------
-# The film strip
-# ---------------------------------------------------------------------------------------------------------------------
+# ---- The film strip -------------------------------------------------------------------------------------------------
 
 
 def film_strip(subject: Subject) -> Any:
@@ -365,9 +359,7 @@ def _draw_cell(axes: Any, column: int, row: int, name: str, probability: float, 
               fontsize=8, ha="center", va="center", fontweight="bold" if correct else "normal")
 
 
-# ---------------------------------------------------------------------------------------------------------------------
-# The command
-# ---------------------------------------------------------------------------------------------------------------------
+# ---- The command ----------------------------------------------------------------------------------------------------
 
 
 def main(argv: list[str] | None = None) -> int:

@@ -3,7 +3,7 @@
     python -m tools.tune mlp                             # 20 trials of the MLP; run it again to add 20 more
     python -m tools.tune cnn --trials 50 --timeout 120   # start no trial after two hours
     python -m tools.tune mlp --trials 0                  # only print and draw the results so far
-    python -m tools.tune mlp --synthetic --trials 3      # a separate search, anywhere: no dataset, no network
+    python -m tools.tune mlp --synthetic --trials 3      # a separate search, runs anywhere: nothing to download
 
 The first trial is the recipe itself. The next ones draw settings at random (Bergstra and Bengio 2012), then with TPE
 (Bergstra et al. 2011), all in Optuna (Akiba et al. 2019, arXiv 1907.10902; requirements-extra.txt installs it). In the
@@ -104,9 +104,7 @@ MIN_FOR_IMPORTANCE = 8  # finished trials before importance is computed; it is s
 TOP = 0.25  # share of finished trials that count as the best when importance is computed
 
 
-# ---------------------------------------------------------------------------------------------------------------------
-# A trial
-# ---------------------------------------------------------------------------------------------------------------------
+# ---- A trial --------------------------------------------------------------------------------------------------------
 
 
 def trial_settings(base: Settings, params: dict[str, Any]) -> Settings:
@@ -155,9 +153,7 @@ def trial_line(trial: Any, base: Settings) -> str:
     return f"trial {trial.number}: {result}, {trial.duration.total_seconds():.0f} s; {chosen}"
 
 
-# ---------------------------------------------------------------------------------------------------------------------
-# The search
-# ---------------------------------------------------------------------------------------------------------------------
+# ---- The search -----------------------------------------------------------------------------------------------------
 
 
 def open_study(folder: Path, search: Search, base: Settings) -> Any:
@@ -269,9 +265,7 @@ def summary(study: Any, search: Search, base: Settings, shares: dict[str, float]
     return "\n".join(lines)
 
 
-# ---------------------------------------------------------------------------------------------------------------------
-# Figures
-# ---------------------------------------------------------------------------------------------------------------------
+# ---- Figures --------------------------------------------------------------------------------------------------------
 
 
 def history_figure(study: Any, title: str, *, synthetic: bool = False) -> Any:
@@ -323,9 +317,7 @@ def report(study: Any, search: Search, base: Settings, folder: Path) -> None:
     print(f"journal and figures are in {folder}", flush=True)
 
 
-# ---------------------------------------------------------------------------------------------------------------------
-# The command
-# ---------------------------------------------------------------------------------------------------------------------
+# ---- The command ----------------------------------------------------------------------------------------------------
 
 
 def main(argv: list[str] | None = None) -> int:

@@ -59,7 +59,7 @@ class Progress:
                 or self.epoch > epochs or (self.epoch == epochs and self.step) or self.step > self.images \
                 or [row["epoch"] for row in self.rows] != [*range(1, self.epoch + 1)] \
                 or any(row.keys() != set(METRICS) or not row["seconds"] > 0 for row in self.rows):
-            raise ValueError("its progress is impossible")
+            raise ValueError("its progress is inconsistent")
 
 
 def checkpoint_bytes(model: nn.Module, optimizers: Optimizers, progress: Progress, settings: dict[str, Any]) -> bytes:
@@ -82,16 +82,17 @@ def read_checkpoint(path: Path) -> Checkpoint:
         header = int.from_bytes(file.read(8), "little")
     try:
         if header > MAX_HEADER_BYTES:
-            raise ValueError
+            raise ValueError("it was not written here")
         with safe_open(path, "pt", device="cpu") as opened:
             metadata, names = opened.metadata(), opened.keys()
             if len(names) > MAX_TENSORS:
-                raise ValueError
+                raise ValueError("it was not written here")
             tensors = {name: opened.get_tensor(name) for name in names}
         intact = metadata["sha256"] == _digest(tensors, metadata["rest"])
         rest = json.loads(metadata["rest"])
     except Exception as error:  # safetensors raises types that its documentation does not list
-        raise ValueError(f"it cannot be read: {type(error).__name__}") from error
+        reason = str(error) if type(error) is ValueError else f"it cannot be read: {type(error).__name__}"
+        raise ValueError(reason) from error
     if not intact or not isinstance(rest, dict) or not isinstance(rest.get("settings"), dict):
         raise ValueError("its contents do not match their SHA-256")
     return tensors, rest

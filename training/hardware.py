@@ -121,7 +121,7 @@ def machine_facts(device: str) -> dict[str, Any]:
     def step(precision: str) -> None:
         with autocast(device, precision):
             convolution(images).sum().backward()
-        wait_for(device)
+        synchronize(device)
 
     for precision in ("float32", "bfloat16"):
         if device == "mps" and precision == "bfloat16":
@@ -145,7 +145,7 @@ def _processor_name(device: str) -> str:
     return lines[0] if lines else platform.processor() or platform.machine()
 
 
-def wait_for(device: torch.device | str) -> None:
+def synchronize(device: torch.device | str) -> None:
     kind = torch.device(device).type
     if kind == "cuda":
         torch.cuda.synchronize()

@@ -1,4 +1,4 @@
-"""The training loop: `train` is read from top to bottom, and everything it calls is a plain function below it.
+"""The training loop. Read `train` from top to bottom; the functions that it calls follow.
 
 It sees training and validation images only. Everything random is derived from (seed, epoch, step), so a checkpoint
 consists of the weights, the optimizers and how far the run has come: there is no generator to save.
@@ -10,6 +10,7 @@ import signal
 import sys
 import time
 from collections.abc import Callable, Iterable
+from contextlib import ExitStack
 from functools import partial
 from typing import Any
 
@@ -24,9 +25,9 @@ from common.errors import Interrupted, UserError
 from models.layers import set_side
 from training.checkpoint import Optimizers, Progress, restore
 from training.distributed import ALONE, Processes, lost_process_explained
-from training.hardware import autocast, machine_facts, peak_memory, require_memory, wait_for
+from training.hardware import autocast, machine_facts, peak_memory, require_memory, synchronize
 from training.optimizers import make_optimizers, set_rates
-from training.run_folder import NullRun
+from training.run_folder import Run
 from training.settings import Script, Settings
 from utils import Augmentation, Split, batches, compute_logits, derived_seed, steps_per_epoch, to_float
 
@@ -46,7 +47,7 @@ def print_epoch(row: dict[str, Any], settings: Settings) -> None:
 
 
 def train(
-    model: nn.Module, train_split: Split, val_split: Split | None, run: NullRun, *, processes: Processes = ALONE,
+    model: nn.Module, train_split: Split, val_split: Split | None, run: Run, *, processes: Processes = ALONE,
     quiet: bool = False, after_epoch: Callable[[dict[str, Any], Settings], None] = print_epoch,
 ) -> dict[str, Any]:
     """Train `model`, a `new_model`, with `run.settings`, from the run's checkpoint if it has one.
@@ -70,17 +71,16 @@ def train(
     if settings.compile:
         forward = torch.compile(forward)
 
-    with (StopRequest() as stop, lost_process_explained(f"resume with: {run.resume_command}"),
-          progress_bar(sum(flops), disable=quiet or not processes.is_first) as bar):
+    with (StopRequest() as stop, lost_process_explained(f"resume with: {run.resume_command}"), ExitStack() as stack):
         machine = machine_facts(device.type)
 
-        # Restore. What the weights, the optimizers and `progress` do not hold is a function of the step's number.
+        # Restore. Nothing else needs to be: random numbers and learning rates follow from the step's number.
         saved = processes.from_first(run.load_checkpoint())
         progress = Progress() if saved is None else restore(saved, model, optimizers, run.name, settings.epochs)
-        loss_sum = torch.tensor(progress.loss, dtype=torch.float32, device=device)  # stays there: reading it waits
+        loss_sum = torch.tensor(progress.loss, dtype=torch.float32, device=device)  # reading it waits for the device
         correct_sum = torch.tensor(progress.correct, device=device)
-        bar.n = bar.initial = bar.last_print_n = sum(flops[:progress.epoch]) + (
-            flops[progress.epoch] * progress.step / steps if progress.step else 0)
+        done = sum(flops[:progress.epoch]) + (flops[progress.epoch] * progress.step / steps if progress.step else 0)
+        bar = stack.enter_context(progress_bar(sum(flops), done, disable=quiet or not processes.is_first))
         saved_at = time.monotonic()
 
         for epoch in range(progress.epoch, settings.epochs):
@@ -92,18 +92,17 @@ def train(
                                           epoch=epoch, first_step=progress.step):
                 set_rates(optimizers, settings, (epoch * steps + progress.step) / (steps * settings.epochs))
 
-                # Every process mixes the whole batch, so that the result does not depend on their number; after that
-                # each draws its own dropout.
+                # Every process draws the same MixUp, whatever their number; dropout is drawn per process.
                 torch.manual_seed(derived_seed("model", settings.seed, epoch, progress.step))
                 images, targets = map(processes.part, mix(images, labels))
                 if processes.count > 1:
                     torch.manual_seed(derived_seed("model", settings.seed, epoch, progress.step, processes.rank))
-                weight = len(images) * processes.count / len(labels)  # 1, unless the parts differ by an image
+                weight = len(images) * processes.count / len(labels)  # 1 if the batch divides evenly
 
                 logits, loss = training_step(forward, optimizers, images, targets, loss_function, settings.precision,
                                              weight)
 
-                # Count. With mixed images the label with the larger share is the right one.
+                # Count. Under MixUp, a hit is the label with the larger share.
                 hits = logits.argmax(1) == (targets if targets.ndim == 1 else targets.argmax(1))
                 loss_sum += processes.sum(loss * len(images))
                 correct_sum += processes.sum(hits.sum())
@@ -130,10 +129,10 @@ def train(
             require_finite([loss_sum], "loss", run, progress)
             if epoch + 1 == settings.epochs:
                 refresh_norms(model, data, settings.refresh_norms, seed=settings.seed)
-            wait_for(device)
+            synchronize(device)
             progress.seconds = time.perf_counter() - started
-            last_step = (epoch + 1) * steps - 1
-            set_rates(optimizers, settings, last_step / (steps * settings.epochs))  # if it was resumed just here
+            last_step = (epoch + 1) * steps - 1  # a run that stopped right after it sets no rate when it resumes
+            set_rates(optimizers, settings, last_step / (steps * settings.epochs))
             row = {"epoch": epoch + 1, "train_loss": loss_sum.item() / progress.images,
                    "train_acc": 100 * correct_sum.item() / progress.images,
                    **validate(model, val_split if processes.is_first else None),
@@ -145,15 +144,16 @@ def train(
             if processes.is_first:
                 after_epoch(row, settings)
 
-        # Finish. The last weights are the result: no epoch is chosen.
+        # Finish. The last weights are the result, not those of the best epoch.
         save_checkpoint(run, model, optimizers, progress)
         result = summarize(model, progress.rows, len(data), flops, settings, processes, machine,
                            resumed=saved is not None)
         run.finish(model, progress.rows, result)
 
-    (stopped,) = processes.max(stop.signal)
-    if stopped:  # after the last step: this run is complete, and the next seed is not started
-        raise Interrupted(stopped, f"{run.name} is finished; the next run was not started")
+        (stopped,) = processes.max(stop.signal)
+        if stopped:  # after the last step: this run is complete, and another seed is not started
+            run.print_result()
+            raise Interrupted(stopped, f"{run.name} is finished, and no further run was started")
     return result
 
 
@@ -235,24 +235,22 @@ def validate(model: nn.Module, val_split: Split | None) -> dict[str, float | Non
             "val_acc": 100 * float((logits.argmax(1) == val_split.fine_labels).float().mean())}
 
 
-def save_checkpoint(run: NullRun, model: nn.Module, optimizers: Optimizers, progress: Progress) -> None:
+def save_checkpoint(run: Run, model: nn.Module, optimizers: Optimizers, progress: Progress) -> None:
     """Write a checkpoint, unless its weights are no longer finite: then UserError, and the last one is kept."""
     require_finite(model.state_dict().values(), "weights", run, progress)
     run.save_checkpoint(model, optimizers, progress)
 
 
-def require_finite(tensors: Iterable[Tensor], what: str, run: NullRun, progress: Progress) -> None:
+def require_finite(tensors: Iterable[Tensor], what: str, run: Run, progress: Progress) -> None:
     """Raise UserError if a number in `tensors` is infinite or not a number."""
     if all(bool(torch.isfinite(tensor).all()) for tensor in tensors):
         return
     epoch = min(progress.epoch + 1, run.settings.epochs)
-    raise UserError(f"the {what} of {run.name} stopped being finite by epoch {epoch}, step {progress.step}; "
+    raise UserError(f"the {what} of {run.name} is not finite (epoch {epoch}, step {progress.step}); "
                     "the last checkpoint, if there is one, is kept; try a smaller --lr or --precision float32")
 
 
-# ---------------------------------------------------------------------------------------------------------------------
-# Cost and progress
-# ---------------------------------------------------------------------------------------------------------------------
+# ---- Cost and progress ----------------------------------------------------------------------------------------------
 
 
 def forward_flops(model: nn.Module) -> int:
@@ -294,10 +292,10 @@ def summarize(model: nn.Module, rows: list[dict[str, Any]], images: int, flops: 
     }
 
 
-def progress_bar(total: float, *, disable: bool) -> tqdm:
-    """A bar in FLOPs, because steps differ in length and FLOPs do not; on a terminal only."""
-    return tqdm(total=total, unit="FLOP", unit_scale=True, disable=True if disable else None, mininterval=LOOK_EVERY,
-                dynamic_ncols=True)
+def progress_bar(total: float, done: float, *, disable: bool) -> tqdm:
+    """A bar in FLOPs rather than steps, because a step at 32 px takes longer than one at 16 px; on a terminal only."""
+    return tqdm(total=total, initial=done, unit="FLOP", unit_scale=True, disable=True if disable else None,
+                mininterval=LOOK_EVERY, dynamic_ncols=True)
 
 
 def show_progress(bar: tqdm, progress: Progress, settings: Settings) -> None:
@@ -307,7 +305,7 @@ def show_progress(bar: tqdm, progress: Progress, settings: Settings) -> None:
 
 
 class StopRequest:
-    """While the block lasts, a first SIGINT or SIGTERM only sets `signal`; a second one acts as it always does."""
+    """While the block lasts, a first SIGINT or SIGTERM only sets `signal`; a second one is handled as usual."""
 
     def __enter__(self) -> "StopRequest":
         self.signal = 0

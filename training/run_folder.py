@@ -16,7 +16,7 @@ import sys
 import time
 from importlib.metadata import version
 from pathlib import Path
-from typing import Any
+from typing import Any, Self
 
 from torch import nn
 
@@ -35,38 +35,36 @@ from training.settings import Script, Settings, flag_of, show
 PLOT_EVERY = 15.0  # seconds, since drawing a figure takes a good part of one
 
 
-class NullRun:
-    """A run that keeps nothing: for a training in memory, and in all processes of a training but the first."""
+class Run:
+    """A run as the training loop sees it. Here it keeps nothing; a `RunFolder` does."""
 
     def __init__(self, name: str, settings: Settings, *, resume_command: str = "", finished: bool = False) -> None:
         self.name, self.settings, self.resume_command, self.finished = name, settings, resume_command, finished
 
-    def __enter__(self) -> "NullRun":
+    def __enter__(self) -> Self:
         return self
 
-    def __exit__(self, *exception: object) -> None:
-        pass
+    def __exit__(self, *exception: object) -> None: ...
 
-    def save_checkpoint(self, model: nn.Module, optimizers: Optimizers, progress: Progress) -> None:
-        pass
+    def save_checkpoint(self, model: nn.Module, optimizers: Optimizers, progress: Progress) -> None: ...
 
     def load_checkpoint(self) -> Checkpoint | None:
         return None
 
-    def log(self, rows: list[dict[str, Any]]) -> None:
-        pass
+    def log(self, rows: list[dict[str, Any]]) -> None: ...
 
-    def finish(self, model: nn.Module, rows: list[dict[str, Any]], result: dict[str, Any]) -> None:
-        pass
+    def finish(self, model: nn.Module, rows: list[dict[str, Any]], result: dict[str, Any]) -> None: ...
 
-    def print_start(self, images: int) -> None:
-        pass
+    def print_start(self, images: int) -> None: ...
 
-    def print_result(self) -> None:
-        pass
+    def print_result(self) -> None: ...
 
 
-class RunFolder(NullRun):
+class NullRun(Run):
+    """A run without a folder: a training in memory, or any process of a training but the first."""
+
+
+class RunFolder(Run):
     """The folder of one training, locked as long as the `with` block that uses it lasts.
 
     processes: the number of processes that train it, from `script`.
@@ -86,9 +84,6 @@ class RunFolder(NullRun):
         if not self.finished:  # a training that was killed while writing leaves partial files behind
             for partial in folder.glob(f".*{PARTIAL}"):
                 partial.unlink()
-
-    def __enter__(self) -> "RunFolder":
-        return self
 
     def __exit__(self, *exception: object) -> None:
         self._lock.release()
@@ -230,28 +225,27 @@ class RunFolder(NullRun):
               flush=True)
 
 
-def create_run(script: Script, options: Options, settings: Settings, processes: Processes) -> NullRun:
+def create_run(script: Script, options: Options, settings: Settings, processes: Processes) -> Run:
     """A new run, the same in all processes; the first process alone has its folder."""
     run = None
     if processes.is_first:
         run = RunFolder.create(options.results_dir, settings, options.name, script, processes.count)
-    return _shared(run, settings, processes)
+    return _shared(run, script, processes)
 
 
-def resume_run(script: Script, options: Options, processes: Processes) -> NullRun:
+def resume_run(script: Script, options: Options, processes: Processes) -> Run:
     """The run that `--resume` names, the same in all processes; the first process alone has its folder."""
-    run, values = None, {}
+    run = None
     if processes.is_first:
         run = RunFolder.resume(options.results_dir, str(options.resume), options.given, script, processes.count)
-        values = dataclasses.asdict(run.settings)
-    return _shared(run, script.settings_class(**processes.from_first(values)), processes)
+    return _shared(run, script, processes)
 
 
-def _shared(run: RunFolder | None, settings: Settings, processes: Processes) -> NullRun:
-    """The first process's run, and in the others a NullRun of the same name."""
-    facts: Any = (run.name, run.resume_command, run.finished) if run else None
-    name, resume_command, finished = processes.from_first(facts)
-    return run or NullRun(name, settings, resume_command=resume_command, finished=finished)
+def _shared(run: RunFolder | None, script: Script, processes: Processes) -> Run:
+    """The first process's run, and in the others a NullRun with its name and settings."""
+    facts: Any = (run.name, dataclasses.asdict(run.settings), run.resume_command, run.finished) if run else None
+    name, settings, resume_command, finished = processes.from_first(facts)
+    return run or NullRun(name, script.settings_class(**settings), resume_command=resume_command, finished=finished)
 
 
 def _rename(new: Path, folder: Path) -> bool:

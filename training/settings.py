@@ -44,7 +44,7 @@ class Settings:
     recipe: str = setting("", "named settings to start from; any other flag overrides one of them")
 
     # Length and optimizer.
-    epochs: int = setting(10, "passes over the training set", low=1, high=1_000_000)
+    epochs: int = setting(10, "passes over the training set", low=1, high=50_000)
     batch_size: int = setting(500, "images per step", low=2, high=NUM_IMAGES["train"])
     optimizer: str = setting("adamw", "optimizer; muon updates the hidden weights only, and AdamW (SGD with muon-sgd) "
                              "the rest", choices=("adam", "adamw", "sgd", "muon", "muon-sgd"))
@@ -150,9 +150,7 @@ def _check(flag: str, value: Any, limits: Any) -> None:
         raise UserError(f"{flag} must be one of {', '.join(limits['choices'])}, not {value}")
 
 
-# ---------------------------------------------------------------------------------------------------------------------
-# Settings as flags
-# ---------------------------------------------------------------------------------------------------------------------
+# ---- Settings as flags ----------------------------------------------------------------------------------------------
 
 
 def flag_of(name: str) -> str:
