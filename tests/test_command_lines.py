@@ -325,7 +325,7 @@ def test_any_settings_train_or_are_refused(command: str, examples: int, small_wo
 
 @pytest.mark.usefixtures("without_work")
 @pytest.mark.parametrize(("command", "argv", "message"), [
-    ("train_mlp.py", ("--epochs", str(10**12)), "--epochs must be at most 1000000"),  # was a list of that length
+    ("train_mlp.py", ("--epochs", str(10**12)), "--epochs must be at most 50000"),  # was a list of that length
     ("train_mlp.py", ("--batch-size", "9" * 400), "--batch-size must be at most 50000"),  # was a division that gave 0
     ("train_mlp.py", ("--seed", str(10**30)), "--seed must be at most"),
     ("train_mlp.py", ("--seeds", f"0,{10**30}"), "--seed must be at most"),  # before anything is trained

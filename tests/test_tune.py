@@ -172,7 +172,7 @@ def test_a_diverging_trial_does_not_end_the_search(
     said = capsys.readouterr().out
     assert "trial 1: diverged" in said
     assert "2 finished, 0 pruned, 1 diverged" in said
-    assert "stopped being finite" in trials(tmp_path)[1].user_attrs["diverged"]
+    assert "is not finite" in trials(tmp_path)[1].user_attrs["diverged"]
 
 
 @needs_optuna
