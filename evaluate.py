@@ -12,26 +12,33 @@
     python evaluate.py --report               # write results/report.html, a self-contained page
     python evaluate.py --check                # change nothing; exit 1 if a published number does not hold
 
-A published run is called by its name, or published/<name> if one of your own runs has the same name. The test set is
-opened for evaluation and nowhere in training. Logits are computed once per run, in float32, and saved in
-`predictions.npz`; every number is a pure function of logits and labels.
+Name a run as a shell completes it: its name, its folder, or a file in that. A published run is published/<name> if one
+of your own runs has the same name. With one of your own runs, --figures and --report write into its folder.
+
+The test set is opened for evaluation and nowhere in training. Logits are computed once per run, in float32, and saved
+in `predictions.npz`; every number is a pure function of logits and labels.
 """
 
 import argparse
 import sys
+from collections.abc import Callable
 from functools import cache
 from pathlib import Path
 from typing import Any
 
-from common.command_line import Parser, exit_status
-from common.errors import UserError
+from common.command_line import Parser, exit_status, next_command
+from common.devices import float32_device
+from common.errors import UserError, warn
 from common.files import RESULTS_DIR, ROOT, write_json
 from common.plotting import save_figure
+from common.run_files import find_run
+from common.text import printable
 from evaluation import figures
 from evaluation.blocks import Published, calibrations, renew_blocks
 from evaluation.check import check
-from evaluation.finished_runs import FinishedRun, TestSet, find_runs, runs_by_name
+from evaluation.finished_runs import FinishedRun, TestSet, find_runs, find_unfinished, named_run, not_finished
 from evaluation.metrics import (
+    calibration,
     class_accuracy,
     coarse_of_fine,
     confident_mistakes,
@@ -51,10 +58,13 @@ PAIRS = 6  # of confused classes in their figure
 def main(argv: list[str] | None = None) -> int:
     options = _parse(argv)
     results_dir = options.results_dir.resolve()
+    own_names = [_own_name(name, results_dir) for name in (*options.publish, *filter(None, [options.calibrate]))]
+    device = float32_device(options.device)
 
     @cache
     def test_set(synthetic: bool) -> TestSet:
-        return TestSet(options.data_dir, synthetic=synthetic, near_duplicates=results_dir / NEAR_DUPLICATES)
+        return TestSet(options.data_dir, synthetic=synthetic, near_duplicates=results_dir / NEAR_DUPLICATES,
+                       device=device)
 
     def published() -> Published:
         return Published(results_dir, [run for run in find_runs(results_dir) if run.published], test_set(False))
@@ -64,24 +74,24 @@ def main(argv: list[str] | None = None) -> int:
         print("\n".join(problems) or f"every published number holds: {count} runs")
         return 1 if problems else 0
     if options.compare:
-        a, b = _chosen(find_runs(results_dir), options.compare, results_dir)
+        a, b = _chosen(options.compare, results_dir)
         if a.synthetic != b.synthetic:
             raise UserError(f"{a.label} and {b.label} were trained on different datasets: they cannot be compared")
         print(comparison(a, b, test_set(a.synthetic)))
     elif options.ensemble:
-        print(ensemble_table(_chosen(find_runs(results_dir), options.ensemble, results_dir), test_set))
+        print(ensemble_table(_chosen(options.ensemble, results_dir), test_set))
     elif options.calibrate:
-        print(f"published: {publish_calibration(options.calibrate, results_dir, options.data_dir)}")
+        print(f"published: {publish_calibration(own_names[0], results_dir, options.data_dir, device)}")
     elif options.figures is not None:
-        _write_figures(published(), options.figures)
+        _write_figures(*_subject(options.figures, published, test_set, results_dir))
     elif options.report is not None:
-        _write_report(published(), options.report)
+        _write_report(*_subject(options.report, published, test_set, results_dir))
     else:
-        for name in options.publish:
+        for name in own_names:
             is_overfit = (results_dir / name / "overfit.json").exists()
             target = publish_overfit(name, results_dir) if is_overfit else publish(name, results_dir, test_set(False))
             print(f"published: {target}")
-        runs = _chosen(find_runs(results_dir), options.runs, results_dir)
+        runs = _chosen(options.runs, results_dir)
         print(run_table(runs, test_set, strict=bool(options.runs), flip=options.tta == "flip"))
         if any(run.published for run in runs) and not options.runs and results_dir == RESULTS_DIR:
             _update(published())
@@ -99,33 +109,46 @@ def _parse(argv: list[str] | None) -> argparse.Namespace:
     one_of.add_argument("--calibrate", metavar="NAME",
                         help="publish a run's validation logits, from which a temperature is fitted")
     one_of.add_argument("--figures", metavar="RUN", nargs="?", const=BEST,
-                        help="draw the published runs, and the mistakes of this one (default: the best)")
-    one_of.add_argument("--report", metavar="RUN", nargs="?", const=BEST, help="write results/report.html")
+                        help="draw the published runs into docs/figures/, with the mistakes of this one (default: the "
+                             "best); one of your runs alone, into its folder")
+    one_of.add_argument("--report", metavar="RUN", nargs="?", const=BEST,
+                        help="write results/report.html; of one of your runs alone, report.html in its folder")
     one_of.add_argument("--check", action="store_true",
                         help="change nothing; exit 1 if a published number does not hold")
     parser.add_argument("--tta", choices=("flip",), help="measure the named runs with averaged predictions too")
+    parser.add_device("where networks compute logits that are not saved yet (default: auto)")
     parser.add_data_dir()
     parser.add_results_dir(default=RESULTS_DIR)
     options = parser.parse_args(argv)
     options.data_dir = options.data_dir or default_data_dir()
-    for name in (*options.publish, *filter(None, [options.calibrate])):
-        if Path(name).is_absolute() or ".." in Path(name).parts:
-            raise UserError(f"{name} is not a run name: give the name of a folder in {options.results_dir}")
     if options.tta and not options.runs:
         raise UserError("--tta needs the names of the runs to measure")
     return options
 
 
-def _chosen(runs: list[FinishedRun], names: list[str], results_dir: Path) -> list[FinishedRun]:
-    """The runs of these names, or all of them. Raises UserError for an unknown name, or if there are no runs."""
+def _own_name(name: str, results_dir: Path) -> str:
+    """The name of a finished run, or an overfit check, in `results_dir`. Raises UserError for anything else."""
+    folder = find_run(name, results_dir).resolve()
+    if not folder.is_relative_to(results_dir) or folder == results_dir:
+        raise UserError(f"{name} is not a run name: give the name of a folder in {results_dir}")
+    if not (folder / "overfit.json").exists():
+        named_run(name, results_dir)
+    return str(folder.relative_to(results_dir))
+
+
+def _chosen(names: list[str], results_dir: Path) -> list[FinishedRun]:
+    """The runs of these names, or all finished ones. Raises UserError for an unknown name, or if there are no runs."""
+    if names:
+        return [named_run(name, results_dir) for name in names]
+    runs, unfinished = find_runs(results_dir), find_unfinished(results_dir)
+    if not runs and unfinished:
+        raise UserError(not_finished(unfinished[-1]))
     if not runs:
-        raise UserError(f"there is no finished run in {results_dir}: train one first, with python train_mlp.py")
-    by_name = runs_by_name(runs)
-    unknown = [name for name in names if name not in by_name]
-    if unknown:
-        raise UserError(f"no finished run in {results_dir} is called {', '.join(unknown)}; "
-                        f"there are: {', '.join(sorted({run.label for run in runs}))}")
-    return [by_name[name] for name in names] if names else runs
+        raise UserError(f"there is no run in {results_dir}: train one first, with "
+                        f"{next_command('python train_mlp.py', results_dir)}")
+    if unfinished:
+        warn(f"left out, since not finished: {', '.join(printable(folder.name) for folder in unfinished)}")
+    return runs
 
 
 def _update(published: Published) -> None:
@@ -139,60 +162,82 @@ def _update(published: Published) -> None:
 # ---- Figures and report ---------------------------------------------------------------------------------------------
 
 
-def _write_figures(published: Published, name: str) -> None:
-    folder = ROOT / "docs" / "figures"
+def _subject(name: str, published: Callable[[], Published], test_set: Callable[[bool], TestSet],
+             results_dir: Path) -> tuple[Published, FinishedRun]:
+    """The run of this name, or the best published one, after the runs to show with it: the published ones or itself."""
+    if not name:
+        return published(), published().ranked[0]
+    run = named_run(name, results_dir)
+    if run.published and not run.elsewhere:
+        return published(), run
+    return Published(run.folder, [run], test_set(run.synthetic)), run
+
+
+def _write_figures(shown: Published, run: FinishedRun) -> None:
+    folder = run.folder / "figures" if is_alone(shown, run) else ROOT / "docs" / "figures"
     folder.mkdir(parents=True, exist_ok=True)
-    for file, figure in draw(published, _subject(published, name)).items():
+    for file, figure in draw(shown, run).items():
         save_figure(figure, folder / f"{file}.png")
         print(f"drawn: {folder / file}.png")
 
 
-def _write_report(published: Published, name: str) -> None:
+def _write_report(shown: Published, run: FinishedRun) -> None:
     from evaluation.report import write_report  # here, because it needs packages that the numbers do not
 
-    subject, path = _subject(published, name), published.results_dir / "report.html"
-    by_title = {figure.get_suptitle(): figure for figure in draw(published, subject).values()}
-    write_report(published.runs, published.rows, published.test, subject, by_title, path)
+    path = shown.results_dir / "report.html"
+    by_title = {figure.get_suptitle(): figure for figure in draw(shown, run).values()}
+    write_report(shown.runs, shown.rows, shown.test, run, by_title, path)
     print(f"written: {path}")
 
 
-def _subject(published: Published, name: str) -> FinishedRun:
-    """The published run of this name, or the best one."""
-    runs = _chosen(published.runs, [name] if name else [], published.results_dir)
-    return runs[0] if name else published.ranked[0]
+def is_alone(shown: Published, run: FinishedRun) -> bool:
+    """Whether `run` is not shown as one of the published ones."""
+    return shown.results_dir == run.folder
 
 
-def draw(published: Published, run: FinishedRun) -> dict[str, Any]:
-    """Every figure by file name: `run`'s predictions in detail, then all published runs.
+def draw(shown: Published, run: FinishedRun) -> dict[str, Any]:
+    """Every figure by file name: `run`'s predictions in detail, then all published runs if it is one of them.
 
     The reliability diagram shows the best calibrated recipe if `run` has no calibration.
     """
-    test, recipes = published.test, by_recipe(published.runs)
+    test = shown.test
     labels, names, classes = test.fine_labels, test.fine_names, len(test.fine_names)
     images, probabilities = test.images.numpy(), softmax(run.logits(test))
     predicted = probabilities.argmax(1)
     confusion = confusion_matrix(predicted, labels, classes)
     mistakes = confident_mistakes(probabilities, labels, figures.GALLERY_SIZE)
+    name = f"{run.name} on SYNTHETIC IMAGES, not CIFAR-100" if run.synthetic else run.name
 
-    calibrated = next((one for one in (run, *published.ranked) if len(calibrations(published, one)) > 1), run)
-    variants = {"as trained" if temperature == 1 else f"temperature {temperature:.3f}": found
-                for temperature, found in calibrations(published, calibrated).items()}
-    curves = {recipe: [seed.curves() for seed in seeds] for recipe, seeds in recipes.items()}
+    calibrated, found = run, {1.0: calibration(probabilities, labels)}
+    if not is_alone(shown, run):
+        calibrated = next((one for one in (run, *shown.ranked) if len(calibrations(shown, one)) > 1), run)
+        found = calibrations(shown, calibrated)
+    calibrated_name = name if calibrated is run else calibrated.name
+    variants = {"as trained" if temperature == 1 else f"temperature {temperature:.3f}": one
+                for temperature, one in found.items()}
+    drawn = {
+        "confusion": figures.confusion_figure(
+            confusion, coarse_of_fine(labels, test.coarse_labels, classes), test.coarse_names,
+            f"{name}: confusion matrix on the test set"),
+        "classes": figures.class_accuracy_figure(
+            class_accuracy(predicted, labels, classes), names, f"{name}: test accuracy by class"),
+        "confused": figures.confused_pairs_figure(
+            images, probabilities, labels, confused_pairs(confusion, PAIRS), names,
+            f"{name}: most frequent confusions"),
+        "mistakes": figures.mistakes_figure(
+            images, probabilities, labels, mistakes, names, f"{name}: most confident mistakes"),
+        "reliability": figures.reliability_figure(variants, f"{calibrated_name}: reliability diagram"),
+    }
+    return drawn if is_alone(shown, run) else drawn | draw_recipes(shown)
+
+
+def draw_recipes(published: Published) -> dict[str, Any]:
+    """The figures of all published runs, by file name."""
+    curves = {recipe: [seed.curves() for seed in seeds] for recipe, seeds in by_recipe(published.runs).items()}
     accuracy = {row["recipe"]: row["top1"]["mean"] for row in published.rows}
     parameters = {row["recipe"]: (row["parameters"] / 1e6, row["top1"]["mean"]) for row in published.rows}
     training = {row["recipe"]: (minutes(row), row["top1"]["mean"]) for row in published.rows}
     return {
-        "confusion": figures.confusion_figure(
-            confusion, coarse_of_fine(labels, test.coarse_labels, classes), test.coarse_names,
-            f"{run.name}: confusion matrix on the test set"),
-        "classes": figures.class_accuracy_figure(
-            class_accuracy(predicted, labels, classes), names, f"{run.name}: test accuracy by class"),
-        "confused": figures.confused_pairs_figure(
-            images, probabilities, labels, confused_pairs(confusion, PAIRS), names,
-            f"{run.name}: most frequent confusions"),
-        "mistakes": figures.mistakes_figure(
-            images, probabilities, labels, mistakes, names, f"{run.name}: most confident mistakes"),
-        "reliability": figures.reliability_figure(variants, f"{calibrated.name}: reliability diagram"),
         "curves": figures.learning_curves_figure(
             curves, accuracy, "Published runs, trained on all 50,000 training images"),
         "accuracy-parameters": figures.accuracy_against(

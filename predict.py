@@ -1,13 +1,13 @@
 """Classify your own images, or export a network for other programs.
 
     python predict.py cat.jpg holiday/          # the five most probable classes of each, by the best published network
-    python predict.py cat.jpg --model mlp-s0    # use one of your runs, a published run, or any weights file
+    python predict.py cat.jpg --model mlp-s0    # use a run (its name or folder), or any weights file
     python predict.py holiday/ --json           # the same, for programs
     python predict.py --export model.onnx       # write the network as ONNX: float32 [N, 3, 32, 32] in [0, 1] -> logits
 
 Images may have any size and nearly any format. For a folder, all images in it are classified, without those in
-subfolders. Only the center square of an image is used. The exit status is 0 if all images were classified, and 1 if
-some could not be; each of those has a line on stderr.
+subfolders; one line on stderr counts the files that are left out. Only the center square of an image is used. The
+exit status is 0 if all images were classified, and 1 if some could not be; each of those has a line on stderr.
 
 The answer is always one of CIFAR-100's classes, whatever the image shows.
 """
@@ -17,63 +17,113 @@ import logging
 import os
 import sys
 import warnings
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
 from torch import nn
 
-from common.command_line import Parser, exit_status
-from common.errors import UserError
+from common.command_line import Parser, exit_status, expanded_path
+from common.devices import float32_device
+from common.errors import UserError, warn
 from common.files import RESULTS_DIR, replacing
-from common.text import printable
+from common.text import printable, short_path
 from evaluation.finished_runs import require_classes
-from evaluation.images import SIDE, answer_text, answers, classify, find_weights, read_image
+from evaluation.images import SIDE, answer, answer_text, classify, find_images, find_weights, read_image
 from models import load_model
 from utils import FINE_NAMES, to_float
 
 __all__ = ["classify", "find_weights", "read_image"]  # for your own programs, as the README shows
+STDERR = 2  # the file descriptor
 EXPORT_TOLERANCE = 1e-3  # of a logit: float32 kernels add in different orders
 
 
 def main(argv: list[str] | None = None) -> int:
     parser = Parser(prog="predict.py", description=__doc__)
     one_of = parser.add_mutually_exclusive_group(required=True)
-    one_of.add_argument("images", nargs="*", type=Path, metavar="IMAGE", default=[], help="an image, or a folder")
-    one_of.add_argument("--export", type=Path, metavar="FILE", help="write the network as ONNX, and do nothing else")
-    parser.add_argument("--model", metavar="RUN", help="a run's name, published/NAME, or a weights file (default: the "
-                        "published run that is best on the test set)")
+    one_of.add_argument("images", nargs="*", type=expanded_path, metavar="IMAGE", default=[],
+                        help="an image, or a folder")
+    one_of.add_argument("--export", type=expanded_path, metavar="FILE",
+                        help="write the network as ONNX, and do nothing else")
+    parser.add_argument("--model", metavar="RUN", help="a run's name or folder, published/NAME, or a weights file "
+                        "(default: the published run that is best on the test set)")
+    parser.add_device("where to run the network (default: auto)")
     parser.add_argument("--json", action="store_true", help="print a JSON array with one object per file, errors too")
     parser.add_results_dir(default=RESULTS_DIR)
     options = parser.parse_args(argv)
-    if options.export and options.json:
-        raise UserError("--json has no effect with --export")
+    if options.export and (options.json or options.device != "auto"):
+        raise UserError(f"{'--json' if options.json else '--device'} has no effect with --export")
 
     weights = find_weights(options.model, options.results_dir)
-    model = load_model(weights)
+    model = load_model(weights, "cpu" if options.export else float32_device(options.device))
     require_classes(model, len(FINE_NAMES), str(weights))
     if options.export:
         comparison = export(model, options.export)
-        print(f"exported {os.path.relpath(weights)} to {options.export}; {comparison}")
+        print(f"exported {short_path(weights)} to {options.export}; {comparison}")
         return 0
-    return report(model, options.images, as_json=options.json, name=os.path.relpath(weights))
+    return report(model, options.images, as_json=options.json, name=short_path(weights))
 
 
 def report(model: nn.Module, paths: list[Path], *, as_json: bool, name: str) -> int:
     """Print the predictions for each image, and errors to stderr; returns the exit status."""
-    logging.getLogger("PIL").setLevel(logging.CRITICAL)  # its warnings would add lines to the errors
     if not as_json:
         print(f"model: {name}")
     given = []
-    for answer in answers(model, paths):
-        given.append(answer)
-        if "error" in answer:
-            print(f"error: {printable(answer['error'])}", file=sys.stderr)
+    for found in answers(model, paths):
+        given.append(found)
+        if "error" in found:
+            print(f"error: {printable(found['error'])}", file=sys.stderr)
         elif not as_json:
-            print(answer_text(answer))
+            print(answer_text(found))
     if as_json:
         print(json.dumps(given, indent=2))
-    return int(any("error" in answer for answer in given))
+    return int(any("error" in found for found in given))
+
+
+def answers(model: nn.Module, paths: list[Path]) -> Iterator[dict[str, Any]]:
+    """One object of `--json` per image; warns of the files in a folder that are left out."""
+    for path in paths:
+        try:
+            files, left_out = find_images(path)
+        except (UserError, OSError) as problem:
+            yield {"file": str(path), "error": str(problem)}
+            continue
+        if left_out:
+            warn(printable(left_out))
+        for file in files:
+            with quiet_decoders():
+                found = answer(model, file)
+            yield found
+
+
+@contextmanager
+def quiet_decoders() -> Iterator[None]:
+    """Silence what decoders say about a damaged image: libtiff prints to stderr in C, and Pillow logs and warns.
+
+    It acts on the whole process, so only this command uses it.
+    """
+    logger = logging.getLogger("PIL")
+    level = logger.level
+    try:
+        stderr = os.dup(STDERR)
+    except OSError:  # closed by the shell, as with 2>&-
+        stderr = None
+    try:
+        logger.setLevel(logging.CRITICAL)
+        if stderr is not None:
+            with open(os.devnull, "w") as nowhere:
+                os.dup2(nowhere.fileno(), STDERR)
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            yield
+    finally:
+        logger.setLevel(level)
+        if stderr is not None:
+            os.dup2(stderr, STDERR)
+            os.close(stderr)
 
 
 def export(model: nn.Module, path: Path) -> str:
@@ -92,7 +142,8 @@ def export(model: nn.Module, path: Path) -> str:
     except ImportError:
         raise UserError("--export needs the packages onnx and onnxscript: "
                         "pip install -r requirements-extra.txt") from None
-    images = to_float(torch.randint(256, (7, 3, SIDE, SIDE), generator=torch.Generator().manual_seed(0)))
+    noise = torch.randint(256, (7, 3, SIDE, SIDE), generator=torch.Generator().manual_seed(0), dtype=torch.uint8)
+    images = to_float(noise)
     with replacing(path) as partial, warnings.catch_warnings():
         warnings.simplefilter("ignore")  # the exporter warns about its own internals
         program = torch.onnx.export(model, (images[:2],), dynamo=True, verbose=False, input_names=["images"],

@@ -108,7 +108,8 @@ class Split:
 
 def default_data_dir() -> str:
     """The default folder of the dataset: $CIFAR100_DIR, else data/ in this repository."""
-    return os.environ.get("CIFAR100_DIR") or str(Path(__file__).resolve().parent / "data")
+    chosen = os.environ.get("CIFAR100_DIR")
+    return os.path.abspath(os.path.expanduser(chosen)) if chosen else str(Path(__file__).resolve().parent / "data")
 
 
 @overload
@@ -187,18 +188,28 @@ def _concatenate(a: Split, b: Split) -> Split:
 def _load_official(data_dir: Path, part: str) -> Split:
     """Load `part` ("train" or "test") of CIFAR-100 from the first place that has it, or download it."""
     try:
-        data_dir.mkdir(parents=True, exist_ok=True)
-        binary = data_dir / BINARY_FOLDER / f"{part}.bin"
-        if _is_there(binary):
-            return _checked(*_read_binary(binary, NUM_IMAGES[part]), part, binary)
-        if not _is_there(data_dir / PYTHON_FOLDER):
-            with tempfile.TemporaryDirectory(prefix=".download-", dir=data_dir) as folder:
-                _download(Path(folder))  # moved only when complete
-                try:
-                    os.replace(Path(folder) / PYTHON_FOLDER, data_dir / PYTHON_FOLDER)
-                except OSError as error:
-                    if error.errno not in (errno.EEXIST, errno.ENOTEMPTY):  # another process has put it there
-                        raise
+        if not _is_there(data_dir):
+            raise UserError(f"there is no folder {data_dir}: correct --data-dir or $CIFAR100_DIR, or create it for the "
+                            "dataset to be downloaded into it")
+        # People also name the inner folder, or unpack an archive into a folder of its name.
+        folders = (data_dir / BINARY_FOLDER, data_dir, data_dir / BINARY_FOLDER / BINARY_FOLDER)
+        for folder in folders:
+            if _is_there(folder / f"{part}.bin"):
+                return _checked(*_read_binary(folder / f"{part}.bin", NUM_IMAGES[part]), part, folder / f"{part}.bin")
+        for root in (data_dir, data_dir / PYTHON_FOLDER, data_dir.parent):
+            named = root != data_dir.parent or data_dir.name == PYTHON_FOLDER
+            if named and _is_there(root / PYTHON_FOLDER) and not _is_there(root / PYTHON_FOLDER / PYTHON_FOLDER):
+                return _checked(*_read_python(root, part), part, root / PYTHON_FOLDER)
+        for folder in folders:
+            if any(_is_there(folder / f"{other}.bin") for other in NUM_IMAGES):
+                raise UserError(f"{folder} has no {part}.bin: {UNPACK_AGAIN}")
+        with tempfile.TemporaryDirectory(prefix=".download-", dir=data_dir) as download:
+            _download(Path(download))  # moved only when complete
+            try:
+                os.replace(Path(download) / PYTHON_FOLDER, data_dir / PYTHON_FOLDER)
+            except OSError as error:
+                if error.errno not in (errno.EEXIST, errno.ENOTEMPTY):  # another process has put it there
+                    raise
         return _checked(*_read_python(data_dir, part), part, data_dir / PYTHON_FOLDER)
     except OSError as error:
         raise UserError(f"cannot use the data folder {data_dir} ({error.strerror or error}): "
@@ -338,8 +349,13 @@ def batches(
 
 
 def to_float(images: Tensor) -> Tensor:
-    """uint8 [N, 3, H, W] -> float32 [N, 3, H, W] in [0, 1], the input of every model."""
-    return images.float().div_(255)
+    """uint8 [N, 3, H, W] -> float32 [N, 3, H, W] in [0, 1], the input of every model.
+
+    Raises TypeError for any other dtype, since such images may be in [0, 1] already.
+    """
+    if images.dtype != torch.uint8:
+        raise TypeError(f"images must be uint8, not {str(images.dtype).removeprefix('torch.')}")
+    return images.float().div_(255)  # in place: float() has made a copy
 
 
 def jitter(images: Tensor, strength: float, generator: torch.Generator) -> Tensor:

@@ -1,6 +1,7 @@
 """Command lines, and how a command ends: an error that the user can correct is one line on stderr and status 2."""
 
 import argparse
+import codecs
 import io
 import os
 import shlex
@@ -15,7 +16,8 @@ import torch
 import torch.distributed as dist
 
 from common.errors import Interrupted, UserError
-from common.files import RESULTS_DIR
+from common.files import RESULTS_DIR, ROOT
+from common.text import degrade
 from models import WeightsError
 
 MAX_MESSAGE = 400  # characters of an error message of argparse, which repeats the argument
@@ -31,12 +33,16 @@ class Parser(argparse.ArgumentParser):
     def add_results_dir(self, help: str = "folder of all runs (default: results/)", **options: Any) -> None:
         """`--results-dir`, the same in every command."""
         options = {"default": RESULTS_DIR, **options}
-        self.add_argument("--results-dir", type=Path, metavar="FOLDER", help=help, **options)
+        self.add_argument("--results-dir", type=absolute_path, metavar="FOLDER", help=help, **options)
 
     def add_data_dir(self) -> None:
         """`--data-dir`, the same in every command; "" leaves it to `utils.default_data_dir`."""
-        self.add_argument("--data-dir", default="", metavar="FOLDER",
+        self.add_argument("--data-dir", type=_absolute_or_empty, default="", metavar="FOLDER",
                           help="folder of the dataset (default: $CIFAR100_DIR, else data/)")
+
+    def add_device(self, help: str) -> None:
+        """`--device`, the same in every command that only runs networks."""
+        self.add_argument("--device", choices=("auto", "cpu", "cuda", "mps"), default="auto", help=help)
 
     def add_synthetic(self) -> None:
         """`--synthetic`, the same in every command that works on any images."""
@@ -53,8 +59,10 @@ class Parser(argparse.ArgumentParser):
             flag, equals, value = word.partition("=") if word.startswith("--") else ("", "=", word)
             if equals and (not value or "\0" in value or (flag and value == "--")):
                 self.error(f"{flag or 'an argument'} has no usable value ({value!r}): give one")
-        if isinstance(sys.stdout, io.TextIOWrapper):  # file names may hold bytes that are not text
-            sys.stdout.reconfigure(errors="backslashreplace")
+        codecs.register_error("degrade", degrade)
+        for stream in (sys.stdout, sys.stderr):  # they may be ASCII, and file names may hold bytes that are not text
+            if isinstance(stream, io.TextIOWrapper):
+                stream.reconfigure(errors="degrade")
         return super().parse_args(args, namespace)
 
     def print_help(self, file: Any = None) -> None:
@@ -72,10 +80,30 @@ def integers(text: str) -> tuple[int, ...]:
         raise argparse.ArgumentTypeError(f"{text!r} is not a comma-separated list of integers such as 0,1,2") from None
 
 
-def with_results_dir(command: str, results_dir: Path) -> str:
-    """`command` with `--results-dir` where that is not the default."""
+def absolute_path(text: str) -> Path:
+    """The type of an argument that names a file or folder for later, when the current folder may be another one."""
+    return expanded_path(text).absolute()
+
+
+def expanded_path(text: str) -> Path:
+    """The type of an argument that names a file or folder for now, with `~` expanded."""
+    try:
+        return Path(text).expanduser()
+    except RuntimeError as error:
+        raise argparse.ArgumentTypeError(f"{text!r} names the home of an unknown user") from error
+
+
+def _absolute_or_empty(text: str) -> str:
+    """`absolute_path` as text, except for an empty default, which argparse converts too."""
+    return str(absolute_path(text)) if text else ""
+
+
+def next_command(command: str, results_dir: Path) -> str:
+    """`command` as it is typed in the current folder, with `--results-dir` where that is not the default."""
+    here = Path.cwd() == ROOT
+    words = [word if here or not word.endswith(".py") else str(ROOT / word) for word in command.split()]
     where = [] if results_dir.resolve() == RESULTS_DIR else ["--results-dir", str(results_dir)]
-    return shlex.join([*command.split(), *where])
+    return shlex.join([*words, *where])
 
 
 def launched() -> tuple[int, int]:
@@ -125,7 +153,7 @@ def _run(main: Callable[[], int]) -> int:
     except RuntimeError as error:
         if not isinstance(error, torch.OutOfMemoryError) and "allocate memory" not in str(error):
             raise
-        message = "the device ran out of memory: try a smaller --batch-size"
+        message = "the device ran out of memory: try --device cpu or, in a training, a smaller --batch-size"
     except KeyboardInterrupt:
         print("stopped", file=sys.stderr)
         return 128 + signal.SIGINT

@@ -1,6 +1,7 @@
-"""The two exceptions that end a command with one line instead of a traceback."""
+"""The two exceptions that end a command with one line instead of a traceback, and warnings."""
 
 import signal
+import sys
 
 
 class UserError(Exception):
@@ -11,8 +12,13 @@ class UserError(Exception):
 
 
 class Interrupted(Exception):
-    """SIGINT or SIGTERM arrived and the work stopped cleanly; `status` is the exit status for that signal."""
+    """A signal arrived and the work stopped cleanly; `status` is the exit status for that signal."""
 
     def __init__(self, signal_number: int, message: str = "stopped") -> None:
         super().__init__(f"{signal.Signals(signal_number).name}: {message}")
         self.status = 128 + signal_number
+
+
+def warn(message: str) -> None:
+    """Print one line on stderr about something that does not stop the command."""
+    print("warning: " + " ".join(message.split()), file=sys.stderr, flush=True)

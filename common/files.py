@@ -12,11 +12,12 @@ from typing import Any
 
 from filelock import BaseFileLock, FileLock, Timeout
 
-from common.errors import UserError
+from common.errors import UserError, warn
 
 ROOT = Path(__file__).resolve().parents[1]
 RESULTS_DIR = ROOT / "results"
 PARTIAL = ".partial"  # suffix of a file that is being written
+NO_LOCKS = {errno.ENOLCK, errno.ENOSYS, errno.ENOTSUP, errno.EOPNOTSUPP, errno.EINVAL}
 MAX_JSON_BYTES = 2**24  # far above the size of any JSON file here
 
 
@@ -89,10 +90,18 @@ def read_json(path: Path) -> Any:
 
 
 def lock(path: Path, in_use: str) -> BaseFileLock:
-    """A lock on `path`, held until its `release()`. Raises UserError(in_use) if another process holds it."""
+    """A lock on `path`, held until its `release()`. Raises UserError(in_use) if another process holds it.
+
+    Some network file systems have no locks: there this only warns.
+    """
     held = FileLock(path)
     try:
         held.acquire(blocking=False)
     except Timeout:
         raise UserError(in_use) from None
+    except OSError as error:
+        if error.errno not in NO_LOCKS:
+            raise UserError(f"cannot write {path} ({error.strerror or error})") from error
+        warn(f"{path.parent} is on a file system without locks ({error.strerror}): "
+             "do not use it in two processes at once")
     return held

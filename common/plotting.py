@@ -1,8 +1,13 @@
 """Figure style. matplotlib is imported inside functions, because importing it takes more than a second."""
 
+import os
+import sys
+from collections.abc import Callable
+from functools import cache
 from pathlib import Path
 from typing import Any
 
+from common.errors import warn
 from common.files import replacing
 
 # The palette of Okabe and Ito, whose colors color-blind readers can distinguish.
@@ -13,14 +18,42 @@ MARKERS = "osD^vP"
 
 def new_figure(width: float, height: float, title: str, *, synthetic: bool = False) -> Any:
     """An empty matplotlib Figure of `width` x `height` inches, whose title warns of a `synthetic` dataset."""
-    from matplotlib.figure import Figure
-
-    figure = Figure(figsize=(width, height), layout="constrained")
+    figure = _figure_class()(figsize=(width, height), layout="constrained")
     figure.suptitle(f"{title} – SYNTHETIC IMAGES, not CIFAR-100" if synthetic else title)
     return figure
+
+
+@cache
+def _figure_class() -> Any:
+    """matplotlib's Figure, imported without MPLBACKEND and matplotlibrc files, which can make it fail.
+
+    A program that has imported matplotlib before keeps its own settings.
+    """
+    if "matplotlib" not in sys.modules:
+        backend = os.environ.pop("MPLBACKEND", None)
+        try:
+            import matplotlib
+
+            matplotlib.rcdefaults()
+        finally:
+            if backend is not None:
+                os.environ["MPLBACKEND"] = backend
+    from matplotlib.figure import Figure
+
+    return Figure
 
 
 def save_figure(figure: Any, path: Path) -> None:
     """Write a matplotlib Figure as PNG; equal figures give equal bytes."""
     with replacing(path) as partial:
         figure.savefig(partial, format="png", dpi=110, metadata={"Software": None})
+
+
+def drawn(draw: Callable[[], None], path: Path) -> bool:
+    """Call `draw`, which draws `path`; a failure is only a warning. Returns whether it succeeded."""
+    try:
+        draw()
+    except Exception as error:  # matplotlib may raise anything
+        warn(f"{path} could not be drawn ({error or type(error).__name__})")
+        return False
+    return True

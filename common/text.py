@@ -1,6 +1,11 @@
 """Numbers, names and small tables as text, for the screen and for documents."""
 
+import codecs
+import os
+from pathlib import Path
 from typing import Any
+
+PLAIN = {"█": "#", "–": "-", "±": "+/-", "×": "x", "✓": "v"}  # for terminals and files without them
 
 
 def spaced(name: str) -> str:
@@ -20,9 +25,26 @@ def machine_text(machine: dict[str, Any], precision: str) -> str:
             f"({speed:.0f} GFLOP/s in one 3x3 convolution)")
 
 
+def short_path(path: Path) -> str:
+    """`path` relative to the current folder, where that is possible: on Windows, not from another drive."""
+    try:
+        return os.path.relpath(path)
+    except ValueError:
+        return str(path)
+
+
 def printable(text: str) -> str:
     """`text` on one line: a file name may contain line breaks, terminal commands and bytes that are not text."""
     return "".join(character if character.isprintable() else "?" for character in text)
+
+
+def degrade(error: UnicodeError) -> tuple[str | bytes, int]:
+    """An error handler of codecs: plain characters for those that a stream's encoding lacks, else escapes."""
+    if isinstance(error, UnicodeEncodeError) and error.object[error.start] in PLAIN:
+        return PLAIN[error.object[error.start]], error.start + 1
+    if isinstance(error, UnicodeEncodeError):
+        error.end = error.start + 1  # the next one may have a plain character
+    return codecs.backslashreplace_errors(error)
 
 
 def overfit_table(losses: dict[str, dict[str, Any]]) -> str:

@@ -4,7 +4,6 @@ A block is `<!-- NAME: written by `COMMAND`, checked by `python evaluate.py --ch
 `<!-- end of NAME -->`. Its text is a pure function of the published runs and the test set (class `Published`).
 """
 
-import os
 import re
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
@@ -19,7 +18,7 @@ from common.files import ROOT, read_json, write_text
 from common.run_files import PUBLISHED
 from common.text import overfit_table, spaced
 from evaluation.finished_runs import FinishedRun, TestSet
-from evaluation.images import answer_text, answers, find_weights
+from evaluation.images import answer, answer_text, find_weights
 from evaluation.metrics import (
     Calibration,
     average,
@@ -68,7 +67,8 @@ class Published:
         on the test set. Raises UserError if nothing is published.
         """
         if not self.runs:
-            raise UserError(f"nothing is published in {self.results_dir / PUBLISHED}")
+            raise UserError(f"nothing is published in {self.results_dir / PUBLISHED}: name one of your runs, or "
+                            "publish one with python evaluate.py --publish NAME")
         recipes = by_recipe(self.runs)
         return [recipes[row["recipe"]][0] for row in reversed(self.rows)]
 
@@ -158,12 +158,12 @@ def _squeeze(published: Published) -> str:
 
 def _prediction(published: Published) -> str:
     weights = find_weights(None, published.results_dir)
-    answer = next(answers(load_model(weights), [ROOT / DRAWING]))
-    if "error" in answer:
-        raise UserError(answer["error"])
-    model = os.path.relpath(weights, published.results_dir.parent)
-    printed = answer_text({**answer, "file": str(DRAWING)})
-    return "\n".join(["```", f"$ python predict.py {DRAWING}", f"model: {model}", printed, "```"])
+    found = answer(load_model(weights), ROOT / DRAWING)
+    if "error" in found:
+        raise UserError(found["error"])
+    model = weights.relative_to(published.results_dir.parent).as_posix()
+    printed = answer_text({**found, "file": DRAWING.as_posix()})
+    return "\n".join(["```", f"$ python predict.py {DRAWING.as_posix()}", f"model: {model}", printed, "```"])
 
 
 def _printed(file: str) -> Callable[[Published], str]:

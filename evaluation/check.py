@@ -41,7 +41,7 @@ def _check_weights(published: Published) -> list[str]:
     for run in (run for run in published.runs if run.weights.exists()):
         if read_predictions(run.folder / "predictions.npz")[2] != run.weights_digest():
             problems.append(f"{run.folder}: its predictions were made with other weights")
-        logits = compute_logits(load_model(run.weights), test.images[torch.from_numpy(sample)]).numpy()
+        logits = compute_logits(load_model(run.weights, test.device), test.images[torch.from_numpy(sample)]).numpy()
         difference = float(np.abs(logits - run.logits(test)[sample].astype(np.float32)).max())
         if not difference <= CHECK_TOLERANCE:
             problems.append(f"{run.folder}: weights and predictions differ by {difference:.3f} in a logit")

@@ -2,6 +2,7 @@
 
 import csv
 import hashlib
+import os
 import re
 import zipfile
 from dataclasses import dataclass
@@ -13,9 +14,11 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
+from common.command_line import next_command
 from common.errors import UserError
 from common.files import read_json, replacing, require_file
-from common.run_files import METRICS, PUBLISHED
+from common.run_files import METRICS, PUBLISHED, find_run
+from common.text import printable
 from evaluation.metrics import average
 from models import load_model
 from utils import compute_logits, load_test_set
@@ -37,12 +40,15 @@ class TestSet:
     """The test set in the order of its images' hashes, the same for every distribution of the files.
 
     images: uint8 [N, 3, 32, 32], a tensor; hashes: uint64 [N], fine_labels and coarse_labels: int64 [N], arrays;
-    distinct: bool [N], False for each image whose hash is in the column `test_hash` of the CSV file `near_duplicates`.
+    distinct: bool [N], False for each image whose hash is in the column `test_hash` of the CSV file `near_duplicates`;
+    device: where networks compute their logits on these images.
     """
 
     __test__ = False  # keeps pytest from collecting it as a test
 
-    def __init__(self, data_dir: str, *, synthetic: bool = False, near_duplicates: Path | None = None) -> None:
+    def __init__(self, data_dir: str, *, synthetic: bool = False, near_duplicates: Path | None = None,
+                 device: str = "cpu") -> None:
+        self.device = device
         split = load_test_set(data_dir, use_synthetic=synthetic)
         order = torch.from_numpy(np.argsort(split.hashes, kind="stable"))
         self.hashes = split.hashes[order.numpy()]
@@ -75,6 +81,7 @@ class FinishedRun:
 
     folder: Path
     published: bool = False
+    elsewhere: bool = False  # not in the results folder that is searched
 
     @property
     def name(self) -> str:
@@ -83,6 +90,8 @@ class FinishedRun:
     @property
     def label(self) -> str:
         """The unique name: a user's own run and a published run may have the same `name`."""
+        if self.elsewhere:
+            return printable(str(self.folder))
         return f"{PUBLISHED}/{self.name}" if self.published else self.name
 
     @cached_property
@@ -173,7 +182,8 @@ class FinishedRun:
         return average([self.logits(test), self._compute(test.images.flip(3), test)])
 
     def _compute(self, images: Tensor, test: TestSet) -> np.ndarray:
-        return finite_logits(load_model(self.weights), images, len(test.fine_names), str(self.weights)).numpy()
+        model = load_model(self.weights, test.device)
+        return finite_logits(model, images, len(test.fine_names), str(self.weights)).numpy()
 
 
 def finite_logits(model: nn.Module, images: Tensor, classes: int, name: str) -> Tensor:
@@ -261,3 +271,49 @@ def find_runs(results_dir: Path) -> list[FinishedRun]:
 def runs_by_name(runs: list[FinishedRun]) -> dict[str, FinishedRun]:
     """Runs by their labels, and by their names; for a shared name, the user's own run."""
     return {run.name: run for run in runs if run.published} | {run.label: run for run in runs}
+
+
+def named_run(name: str, results_dir: Path, *, with_weights: bool = False) -> FinishedRun:
+    """The finished run `name`, as a shell completes it: a name, published/NAME, a folder, or a file in that.
+
+    A user's own run goes before a published one of the same name. Raises UserError that says what is there instead:
+    nothing, a run that is not finished, or `with_weights`, a run without them.
+    """
+    found = next(filter(is_run, (find_run(name, where) for where in (results_dir, results_dir / PUBLISHED))), None)
+    if found is None:
+        runs = [run for run in find_runs(results_dir) if run.weights.exists() or not with_weights]
+        raise UserError(f"no run in {results_dir} is called {name}; there are: {_labels(runs)}")
+    if not (found / "result.json").exists():
+        raise UserError(not_finished(found))
+    parent, own = found.parent.resolve(), results_dir.resolve()
+    run = FinishedRun(found, published=parent.name == PUBLISHED and parent != own,
+                      elsewhere=parent not in (own, own / PUBLISHED))
+    if with_weights and not run.weights.exists():
+        runs = [other for other in find_runs(results_dir) if other.weights.exists()]
+        raise UserError(f"the run {run.label} has no weights; there are: {_labels(runs)}")
+    return run
+
+
+def is_run(folder: Path) -> bool:
+    """Whether a folder holds a run, finished or not."""
+    started = os.path.isfile(folder / "config.json") and PUBLISHED not in folder.parts[-3:-1]  # not a calibration
+    return started or os.path.isfile(folder / "result.json")
+
+
+def not_finished(folder: Path) -> str:
+    """A message about a run that is not finished, with the command that resumes it."""
+    command = re.match(r"(python|torchrun --nproc_per_node=\d+) train_\w+\.py", FinishedRun(folder).config["command"])
+    if not command:
+        return f"the run {folder} is not finished: resume it, or train it again"
+    resume = next_command(f"{command.group()} --resume {folder.name}", folder.parent)
+    return f"the run {folder} is not finished: unless it is still being trained, resume it with: {resume}"
+
+
+def find_unfinished(results_dir: Path) -> list[Path]:
+    """The folders of a user's runs that are not finished."""
+    return sorted(path.parent for path in results_dir.glob("*/config.json")
+                  if path.parent.name[0] != "." and not (path.parent / "result.json").exists())
+
+
+def _labels(runs: list[FinishedRun]) -> str:
+    return ", ".join(sorted({run.label for run in runs})) or "none"

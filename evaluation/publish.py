@@ -9,7 +9,7 @@ import numpy as np
 from common.errors import UserError
 from common.files import read_json, replacing
 from common.run_files import PUBLISHED
-from evaluation.finished_runs import FinishedRun, TestSet, are_logits, find_runs, finite_logits, read_arrays
+from evaluation.finished_runs import FinishedRun, TestSet, are_logits, find_runs, finite_logits, named_run, read_arrays
 from models import load_model
 from utils import FINE_NAMES, load_cifar100
 
@@ -40,7 +40,7 @@ def publish(name: str, results_dir: Path, test: TestSet) -> Path:
     return _copy(run.folder, files, target)
 
 
-def publish_calibration(name: str, results_dir: Path, data_dir: str) -> Path:
+def publish_calibration(name: str, results_dir: Path, data_dir: str, device: str = "cpu") -> Path:
     """Publish a finished run's logits on the 5,000 validation images, replacing older ones; returns the folder.
 
     The run must have been trained on the other 45,000 images: on images it was trained on, a network is overconfident.
@@ -53,7 +53,7 @@ def publish_calibration(name: str, results_dir: Path, data_dir: str) -> Path:
     require_alike([*_siblings(run, results_dir), run], except_for=("train_on_all",))
     _, val = load_cifar100(data_dir)
     assert val is not None  # unless train_on_all
-    logits = finite_logits(load_model(run.weights), val.images, len(val.fine_names), str(run.weights))
+    logits = finite_logits(load_model(run.weights, device), val.images, len(val.fine_names), str(run.weights))
     path, fine_labels = run.folder / "val_predictions.npz", val.fine_labels.numpy().astype(np.uint8)
     with replacing(path) as partial, open(partial, "wb") as file:
         np.savez_compressed(file, logits=logits.numpy().astype(np.float16), fine_labels=fine_labels)
@@ -111,9 +111,7 @@ def require_alike(runs: list[FinishedRun], except_for: tuple[str, ...] = ()) -> 
 
 
 def _finished(name: str, results_dir: Path) -> FinishedRun:
-    run = FinishedRun(results_dir / name)
-    if not (run.folder / "result.json").exists():
-        raise UserError(f"{run.folder} is not a finished run: name one, or finish it with --resume {name}")
+    run = named_run(name, results_dir)
     if run.synthetic:
         raise UserError(f"{run.folder} was trained on synthetic images: it cannot be published")
     return run

@@ -30,8 +30,9 @@ def write_report(runs: list[FinishedRun], rows: list[dict[str, Any]], test: Test
                  figures: dict[str, Any], path: Path) -> None:
     """Write the page to `path`, whole or not at all.
 
-    runs: the published runs whose guesses the gallery can show, `chosen` first; rows: those of results.json, for the
-    table; figures: matplotlib Figures by title. Raises UserError if the page would be larger than MAX_BYTES.
+    runs: the published runs whose guesses the gallery can show, `chosen` first, or a user's own run alone; rows: those
+    of results.json, for the table; figures: matplotlib Figures by title. Raises UserError if the page would be larger
+    than MAX_BYTES.
     """
     from jinja2 import Environment, FileSystemLoader, StrictUndefined  # here: only the report needs it
 
@@ -44,6 +45,8 @@ def write_report(runs: list[FinishedRun], rows: list[dict[str, Any]], test: Test
     text = environment.get_template(TEMPLATE.name).render(
         rows=[_cells(row) for row in sorted(rows, key=lambda row: -row["top1"]["mean"])],
         sorted_by=SORTED_BY,
+        alone=not chosen.published,
+        synthetic=chosen.synthetic,
         figures=[_figure(title, figure) for title, figure in figures.items()],
         runs=[_provenance(run) for run in runs],
         images=len(images),

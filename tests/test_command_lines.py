@@ -27,7 +27,7 @@ from PIL import Image
 import train_cnn
 import train_mlp
 import utils
-from common.command_line import Parser, exit_status
+from common.command_line import Parser, exit_status, integers
 from common.errors import UserError
 from common.files import ROOT, write_json, write_text
 from data import synthetic
@@ -95,7 +95,7 @@ def sane_values(action: argparse.Action, *, light: bool) -> st.SearchStrategy[st
         return st.sampled_from(LIGHT[action.dest])
     if action.choices:
         return st.sampled_from(list(action.choices))
-    if action.type in (None, Path, str):
+    if action.type not in (int, float, integers):
         return st.sampled_from(NAMES)
     limits = FIELDS[action.dest].metadata if action.dest in FIELDS else {}
     low, high = limits.get("low"), limits.get("high")

@@ -423,6 +423,7 @@ def test_a_failed_download_is_one_line_and_leaves_nothing(tmp_path, monkeypatch,
     monkeypatch.setattr(utils, "NETWORK_TIMEOUT", 0.2)
     served, data_dir = tmp_path / "served", tmp_path / "data"
     served.mkdir()
+    data_dir.mkdir()
     with broken(served) as url:
         download_from(url, monkeypatch)
         for _ in range(2):  # the second attempt finds nothing that looks like the dataset
@@ -435,6 +436,7 @@ def test_a_failed_download_is_one_line_and_leaves_nothing(tmp_path, monkeypatch,
 
 def test_a_download_leaves_only_the_dataset(python_data_dir, parts, tmp_path, monkeypatch):
     data_dir = tmp_path / "data"
+    data_dir.mkdir()
     with hanging_up_early(tmp_path) as url:
         download_from(url, monkeypatch)
         refusal(load_cifar100, data_dir)

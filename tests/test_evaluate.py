@@ -5,7 +5,10 @@ The published runs here are synthetic ones whose config.json claims otherwise, w
 
 import hashlib
 import json
+import os
+import shlex
 import shutil
+import signal
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -17,15 +20,19 @@ import pytest
 import torch
 
 import evaluate
+import train_mlp
+from common import devices
 from common.command_line import exit_status
+from common.plotting import save_figure
 from common.text import overfit_table
 from evaluation import blocks, finished_runs, publish
-from evaluation.finished_runs import FinishedRun, TestSet, find_runs
+from evaluation.finished_runs import FinishedRun, TestSet, find_runs, named_run
 from evaluation.metrics import measure, softmax
 from evaluation.tables import CITED, full_table, headline, short_table
 from models import load_model, save_model
 from tests.helpers import (
     ROOT,
+    after_step,
     contents,
     drawn_once,  # noqa: F401 (a fixture)
     edit_settings,
@@ -133,7 +140,116 @@ def test_an_unknown_run_is_answered_with_the_known_ones(trained: Path, capsys: p
 
 def test_nothing_to_evaluate_is_an_error(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert evaluate_main(tmp_path) == 2
-    assert "train_mlp.py" in error_line(capsys)
+    line = error_line(capsys)
+    assert line.endswith(f"train_mlp.py --results-dir {tmp_path}")  # so that the next evaluation finds the run
+
+
+def stop_a_run(results_dir: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """A run, half-s0, that was interrupted in its second epoch."""
+    with monkeypatch.context() as patch:
+        after_step(patch, 15, lambda: os.kill(os.getpid(), signal.SIGINT))
+        assert train_tiny(results_dir, "--name", "half-s0") == 130
+    return results_dir / "half-s0"
+
+
+def test_a_run_that_is_not_finished_is_resumed_by_the_command_in_the_message(
+    own: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    folder = stop_a_run(own, monkeypatch)
+    capsys.readouterr()
+    for flags in (("half-s0",), (str(folder),), (f"{folder}/config.json",), ("--figures", "half-s0"),
+                  ("--report", "half-s0"), ("--compare", "mlp-s0", "half-s0"), ("--ensemble", "mlp-s0", "half-s0"),
+                  ("--publish", "half-s0"), ("--calibrate", "half-s0")):
+        assert evaluate_main(own, *flags) == 2
+        line = error_line(capsys)
+        assert "half-s0 is not finished" in line
+    assert evaluate_main(own) == 0
+    captured = capsys.readouterr()
+    assert captured.err == "warning: left out, since not finished: half-s0\n" and "mlp-s0 " in captured.out
+    shutil.rmtree(own / "mlp-s0")
+    assert evaluate_main(own) == 2  # no finished run at all
+    assert error_line(capsys) == line
+    python, script, *words = shlex.split(line.split(" resume it with: ")[1])
+    assert python == "python" and script.endswith("train_mlp.py")
+    assert exit_status(lambda: train_mlp.main([*words, "--quiet"])) == 0
+    capsys.readouterr()
+    assert evaluate_main(own, "half-s0") == 0
+
+
+def test_the_command_to_resume_starts_as_many_processes(own: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    unfinish(own / "mlp-s0")
+    for command, expected in (("torchrun --nproc_per_node=2 train_cnn.py --seed 0",
+                               "resume it with: torchrun --nproc_per_node=2 "), ("rm -rf /", "or train it again")):
+        edit_config(own / "mlp-s0", command=command)
+        assert evaluate_main(own, "mlp-s0") == 2
+        line = error_line(capsys)
+        assert expected in line and "rm -rf" not in line
+
+
+@pytest.mark.parametrize("name", ["mlp-s0", "mlp-s0/", "results/mlp-s0", "results/mlp-s0/", "./results/mlp-s0",
+                                  "results/mlp-s0/model.safetensors", "results/mlp-s0/loss.png", "mlp-s0/result.json",
+                                  "../here/results/mlp-s0", "{own}/mlp-s0"])
+def test_a_run_is_named_as_a_shell_completes_it(
+    own: Path, name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (tmp_path / "here").mkdir()
+    (tmp_path / "here" / "results").symlink_to(own)
+    monkeypatch.chdir(tmp_path / "here")
+    assert evaluate_main(own, name.format(own=own)) == 0
+    assert list(printed_rows(capsys)) == ["mlp-s0"]
+
+
+@pytest.mark.parametrize("name", ["fast-s0", "published/fast-s0", "results/published/fast-s0",
+                                  "results/published/fast-s0/result.json", str(ROOT / "results/published/fast-s0/")])
+def test_a_published_run_is_named_as_a_shell_completes_it(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(ROOT)
+    run = named_run(name, ROOT / "results")
+    assert run.published and not run.elsewhere and run.label == "published/fast-s0"
+
+
+def test_a_run_in_another_results_folder_is_called_by_its_path(
+    trained: Path, own: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert evaluate_main(own, "--compare", "mlp-s0", str(trained / "mlp-s1")) == 0
+    assert f"only {trained}/mlp-s1 on" in capsys.readouterr().out
+
+
+def test_an_own_run_that_is_not_finished_hides_a_published_one(
+    published: "Site", capsys: pytest.CaptureFixture[str]
+) -> None:
+    unfinish(published.results / "mlp-s0")
+    assert published.main("mlp-s0") == 2
+    assert "is not finished" in error_line(capsys)
+    assert published.main("published/mlp-s0") == 0
+
+
+@pytest.mark.parametrize("name", ["nope", "", "x" * 300, "~nobody/x", ".", "..", "published", "README.md", "a/../b"])
+def test_what_is_not_a_run_is_one_error_line(own: Path, name: str, capsys: pytest.CaptureFixture[str]) -> None:
+    for flags in ((name,), ("--figures", name), ("--publish", name), ("--calibrate", name)):
+        assert evaluate_main(own, *flags) == 2
+        error_line(capsys)
+
+
+def test_logits_are_computed_on_the_device_and_kept(own: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    loaded = []
+    monkeypatch.setattr(finished_runs, "load_model", lambda path, device: loaded.append(device) or load_model(path))
+    monkeypatch.setattr(devices, "is_available", lambda name: True)
+    for flags in (("--device", "mps"), (), ("--device", "cpu")):
+        assert evaluate_main(own, "mlp-s0", *flags) == 0
+    assert loaded == ["mps"]  # then they are read, whatever the device
+    (own / "mlp-s0" / "predictions.npz").unlink()
+    assert evaluate_main(own, "mlp-s0") == 0
+    assert loaded == ["mps", "cuda"]
+
+
+def test_a_device_that_is_missing_is_an_error(
+    own: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(devices, "is_available", lambda name: name == "cpu")
+    for name in ("cuda", "mps"):
+        assert evaluate_main(own, "mlp-s0", "--device", name) == 2
+        assert f"has no {name} device: use --device cpu" in error_line(capsys)
+    assert evaluate_main(own, "mlp-s0", "--device", "auto") == 0
 
 
 @pytest.mark.parametrize("flags", [
@@ -403,9 +519,9 @@ def unfinish(run: Path) -> None:
 
 @pytest.mark.parametrize(("flag", "name", "spoil", "reason"), [
     ("--publish", "mlp-s0", lambda run: edit_settings(run, synthetic=True), "synthetic"),
-    ("--publish", "mlp-s0", unfinish, "not a finished run"),
+    ("--publish", "mlp-s0", unfinish, "is not finished"),
     ("--publish", "mlp-s0", lambda run: edit_settings(run, train_on_all=False), "--train-on-all"),
-    ("--publish", "mlp-s0", shutil.rmtree, "not a finished run"),
+    ("--publish", "mlp-s0", shutil.rmtree, "no run in"),
     ("--publish", "mlp-s0", lambda run: edit_config(run, git_changes=True), "clean commit"),
     ("--publish", "mlp-s0",
      lambda run: edit_config(run, command="python train_mlp.py --train-on-all --lr 0.02 --seed 0"), "--lr 0.02"),
@@ -415,7 +531,7 @@ def unfinish(run: Path) -> None:
     ("--calibrate", "held-out", lambda run: edit_config(run, command="python train_mlp.py --lr 0.02 --seed 0"),
      "--lr 0.02"),
     ("--calibrate", "held-out", lambda run: edit_config(run, git_changes=True), "clean commit"),
-    ("--calibrate", "held-out", unfinish, "not a finished run"),
+    ("--calibrate", "held-out", unfinish, "is not finished"),
 ])
 def test_a_run_that_must_not_be_published_is_refused(
     flag: str, name: str, spoil: Callable[[Path], None], reason: str, site: Site, capsys: pytest.CaptureFixture[str]
@@ -522,7 +638,7 @@ def test_a_calibration_with_other_settings_is_refused(
     edit_settings(documented.published / "calibration" / "mlp", lr=0.02)
     assert documented.main("--check") == 1
     assert "lr: 0.01 and 0.02" in capsys.readouterr().out
-    assert documented.main("--figures", "mlp-s0") == 2
+    assert documented.main("--figures", "published/mlp-s0") == 2
     assert "lr: 0.01 and 0.02" in error_line(capsys)
 
 
@@ -586,13 +702,40 @@ def test_figures_show_published_runs(documented: Site, capsys: pytest.CaptureFix
         "confusion", "classes", "confused", "mistakes", "reliability", "curves", "accuracy-parameters",
         "accuracy-minutes"))
     assert all(1000 < path.stat().st_size < 300_000 for path in folder.iterdir())
-    assert documented.main("--figures", "held-out") == 2
-    assert "held-out" in error_line(capsys)
+
+
+def test_an_own_run_has_figures_and_a_report_in_its_folder(
+    own: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """A synthetic run too, and both say so."""
+    pytest.importorskip("jinja2")
+    titles = []
+    monkeypatch.setattr(evaluate, "save_figure",
+                        lambda figure, path: titles.append(figure.get_suptitle()) or save_figure(figure, path))
+    before = set(run_names(ROOT / "docs" / "figures"))
+    assert evaluate_main(own, "--figures", "mlp-s0") == 0
+    assert run_names(own / "mlp-s0" / "figures") == ["classes.png", "confused.png", "confusion.png", "mistakes.png",
+                                                     "reliability.png"]
+    assert len(titles) == 5 and all("SYNTHETIC IMAGES, not CIFAR-100" in title for title in titles)
+    assert set(run_names(ROOT / "docs" / "figures")) == before
+    assert evaluate_main(own, "--report", f"{own}/mlp-s0/loss.png") == 0
+    text = (own / "mlp-s0" / "report.html").read_text()
+    assert "SYNTHETIC IMAGES, not CIFAR-100: " in text and "The last checkpoint of this run." in text
+    assert text.count("<figure>") == 5 and f"written: {own}/mlp-s0/report.html" in capsys.readouterr().out
+    assert evaluate_main(own, "mlp-s0") == 0  # it is still a run
+
+
+def test_a_run_on_45000_images_has_figures(documented: Site, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(evaluate, "save_figure", lambda figure, path: path.write_text(figure.get_suptitle()))
+    assert documented.main("--figures", "held-out") == 0
+    folder = documented.results / "held-out" / "figures"
+    assert (folder / "confusion.png").read_text() == "held-out: confusion matrix on the test set"
+    assert not (documented.root / "docs" / "figures").exists()
 
 
 def test_the_report_is_about_the_published_runs(published: Site, monkeypatch: pytest.MonkeyPatch) -> None:
     pytest.importorskip("jinja2")
-    monkeypatch.setattr(evaluate, "draw", lambda published, run: {})  # because it takes seconds
+    monkeypatch.setattr(evaluate, "draw", lambda shown, run: {})  # because it takes seconds
     assert published.main("--report", "mlp-s1") == 0
     text = (published.results / "report.html").read_text()
     assert "mlp-s0" in text and "mlp-s1" in text

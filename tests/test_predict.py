@@ -1,25 +1,37 @@
 """Classifying images of any kind, refusing other files, finding the weights, and exporting a network."""
 
+import codecs
 import json
+import logging
+import os
 import random
+import shutil
 import struct
+import subprocess
 import sys
+import threading
+import warnings
 import zlib
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
 from PIL import Image, ImageFile
+from safetensors.torch import save
 from torch import Tensor
 
 import predict
+from common import devices
 from common.command_line import exit_status
 from common.errors import UserError
+from common.text import degrade
 from models import create_model, save_model
-from predict import classify, find_weights, read_image
+from predict import classify, find_weights, quiet_decoders, read_image
 from tests.helpers import ROOT, error_line
-from utils import COARSE_NAMES, COARSE_OF_FINE, FINE_NAMES
+from training.checkpoint import Progress, checkpoint_bytes
+from utils import COARSE_NAMES, COARSE_OF_FINE, FINE_NAMES, compute_logits, to_float
 
 RED, BLUE = (250, 10, 20), (10, 30, 240)
 
@@ -36,6 +48,9 @@ def results_dir(tmp_path_factory: pytest.TempPathFactory) -> Path:
         (folder / run / "result.json").write_text("{}")
         if run != "published/good-s0":
             save_model(create_model("mlp", widths=(8,)), folder / run / "model.safetensors")
+    (folder / "stopped").mkdir()
+    config = {"settings": {}, "command": "python train_mlp.py --seed 0", "git_changes": False}
+    (folder / "stopped" / "config.json").write_text(json.dumps(config))
     rows = [{"recipe": "poor", "seeds": [0], "top1": {"mean": 20.0}},
             {"recipe": "good", "seeds": [0, 1], "top1": {"mean": 30.0}}]
     (folder / "results.json").write_text(json.dumps(rows))
@@ -76,27 +91,6 @@ def test_an_image_is_the_same_in_every_format(tmp_path: Path, halves: Image.Imag
     image = read_image(tmp_path / f"x.{suffix}")
     assert image.dtype == torch.uint8 and image.shape == (3, 32, 32)
     assert near(color(image, 4, 4), RED) and near(color(image, 28, 28), BLUE)
-
-
-@pytest.mark.parametrize("mode", ["1", "L", "P", "LA", "RGBA", "CMYK", "I;16", "I", "F"])
-def test_every_mode_keeps_its_brightness(tmp_path: Path, mode: str) -> None:
-    levels = np.repeat(np.repeat(np.uint8([[0, 255], [255, 0]]), 20, 0), 20, 1)
-    image = Image.fromarray(levels)
-    if mode in ("I;16", "I"):
-        image = Image.fromarray(levels.astype(np.uint16 if mode == "I;16" else np.int32) * 257)
-    else:
-        image = image.convert(mode)
-    assert image.mode == mode
-    image.save(tmp_path / "x.tif")
-    image = read_image(tmp_path / "x.tif")
-    for row, column, level in ((4, 4, 0), (4, 28, 255), (28, 4, 255), (28, 28, 0)):
-        assert near(color(image, row, column), (level,) * 3, within=3)
-
-
-@pytest.mark.parametrize("suffix", ["png", "tif"])
-def test_16_bit_gray_is_scaled_and_not_clipped(tmp_path: Path, suffix: str) -> None:
-    Image.fromarray(np.full((40, 40), 100 * 257, np.uint16)).save(tmp_path / f"x.{suffix}")
-    assert read_image(tmp_path / f"x.{suffix}").unique().tolist() == [100]
 
 
 def test_transparent_pixels_become_white(tmp_path: Path, halves: Image.Image) -> None:
@@ -165,6 +159,51 @@ def test_an_animation_is_read_as_its_first_frame(tmp_path: Path) -> None:
     assert near(color(read_image(tmp_path / "x.gif"), 9, 9), RED)
 
 
+def process_state() -> tuple[object, ...]:
+    """Everything of the process that reading an image could change: filters, levels, and where stderr leads."""
+    stderr = os.fstat(2)
+    return (list(warnings.filters), logging.getLogger("PIL").level, Image.MAX_IMAGE_PIXELS,
+            ImageFile.LOAD_TRUNCATED_IMAGES, sys.stderr, (stderr.st_dev, stderr.st_ino))
+
+
+@pytest.mark.parametrize("content", ["good", "damaged", "huge"])
+def test_threads_that_read_images_leave_the_process_alone(tmp_path: Path, halves: Image.Image, content: str) -> None:
+    halves.save(tmp_path / "x.tif", compression="tiff_lzw")
+    if content == "damaged":
+        (tmp_path / "x.tif").write_bytes((tmp_path / "x.tif").read_bytes()[:-60])
+    elif content == "huge":
+        (tmp_path / "x.tif").write_bytes(bomb(12_000, 12_000))
+    before, wrong, done = process_state(), [], threading.Event()
+
+    def watch() -> None:
+        while not done.is_set():
+            wrong.extend([state for state in [process_state()] if state != before])
+
+    def read(number: int) -> str:
+        try:
+            return str(read_image(tmp_path / "x.tif").sum())
+        except UserError as problem:
+            return str(problem)
+
+    watcher = threading.Thread(target=watch)
+    watcher.start()
+    with ThreadPoolExecutor(4) as pool:
+        outcomes = set(pool.map(read, range(40)))
+    done.set()
+    watcher.join()
+    assert len(outcomes) == 1 and wrong == [] and process_state() == before
+
+
+def test_predict_silences_decoders_only_while_it_reads(capfd: pytest.CaptureFixture[str]) -> None:
+    before = process_state()
+    with quiet_decoders():
+        os.write(2, b"libtiff\n")
+        warnings.warn("Pillow", stacklevel=1)
+        logging.getLogger("PIL.x").error("Pillow")
+    os.write(2, b"us\n")
+    assert capfd.readouterr().err == "us\n" and process_state() == before
+
+
 # ---- Predictions ----------------------------------------------------------------------------------------------------
 
 
@@ -193,6 +232,95 @@ def test_probabilities_are_the_softmax_of_the_logits() -> None:
     guesses = classify(model, image, count=100)
     assert [guess.name for guess in guesses] == [FINE_NAMES[fine] for fine in expected.argsort(descending=True)]
     torch.testing.assert_close(torch.tensor([guess.probability for guess in guesses]), expected.sort().values.flip(0))
+
+
+@pytest.mark.parametrize(("image", "words"), [
+    (torch.rand(3, 32, 32), "float32 [3, 32, 32]"), (torch.ones(3, 32, 32, dtype=torch.int64), "int64 [3, 32, 32]"),
+    (torch.zeros(1, 3, 32, 32, dtype=torch.uint8), "uint8 [1, 3, 32, 32]"),
+    (torch.zeros(32, 32, 3, dtype=torch.uint8), "uint8 [32, 32, 3]"),
+    (torch.zeros(3, 64, 64, dtype=torch.uint8), "uint8 [3, 64, 64]"),
+    (np.zeros((3, 32, 32), np.uint8), "not ndarray"), (Image.new("RGB", (32, 32)), "not Image"), (None, "not NoneType"),
+])
+def test_what_is_not_an_image_is_refused_and_unchanged(image: object, words: str) -> None:
+    before = image.clone() if isinstance(image, Tensor) else None
+    with pytest.raises(UserError) as problem:
+        classify(create_model("mlp", widths=(8,)), image)
+    assert words in str(problem.value) and "\n" not in str(problem.value)
+    assert before is None or torch.equal(image, before)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.float16, torch.int64])
+def test_only_bytes_become_floats_and_no_argument_is_written_to(dtype: torch.dtype) -> None:
+    levels = torch.randint(256, (5, 3, 32, 32), dtype=torch.uint8)
+    images, before = levels.to(dtype), levels.clone()
+    for convert in (to_float, lambda images: compute_logits(create_model("mlp", widths=(8,)), images)):
+        with pytest.raises(TypeError, match=f"must be uint8, not {str(dtype)[6:]}"):
+            convert(images)
+        convert(levels)
+    assert torch.equal(images, before.to(dtype)) and torch.equal(levels, before)
+    assert torch.equal(to_float(levels), levels.float() / 255)
+
+
+def test_files_of_a_folder_that_are_left_out_are_counted(
+    results_dir: Path, tmp_path: Path, halves: Image.Image, capsys: pytest.CaptureFixture[str]
+) -> None:
+    folder = tmp_path / "mixed"
+    (folder / "inside").mkdir(parents=True)
+    for name in ("a.HEIC", "b.heic", "c.mpg", "d.h5", "e.eps", "f.wmf", "nosuffix", ".hidden.heic", "g\x1b[31m.x\ny"):
+        (folder / name).write_bytes(b"content")
+    halves.save(folder / "x.png")
+    assert run(results_dir, folder) == 0
+    captured = capsys.readouterr()
+    (line,) = captured.err.splitlines()
+    assert line.startswith(f"warning: {folder}: skipped ") and "2 .heic" in line and "\x1b" not in line
+    assert all(f"1 {kind}" in line for kind in (".mpg", ".h5", ".eps", ".wmf", "nameless", "subfolder"))
+    assert len(captured.out.splitlines()) == 7
+    (folder / "x.png").unlink()
+    status, (answer,) = run_json(results_dir, capsys, folder)
+    assert status == 1 and "contains no images: skipped" in answer["error"] and "2 .heic" in answer["error"]
+
+
+def test_a_folder_of_many_formats_is_one_short_warning(
+    results_dir: Path, tmp_path: Path, halves: Image.Image, capsys: pytest.CaptureFixture[str]
+) -> None:
+    for number in range(300):
+        (tmp_path / f"x.{number}").write_text("")
+    halves.save(tmp_path / "x.mpo", format="JPEG")
+    assert run(results_dir, tmp_path) == 0
+    (line,) = capsys.readouterr().err.splitlines()
+    assert "290 other files" in line and len(line) < 400
+
+
+@pytest.mark.parametrize("suffix", ["h5", "bufr", "grib", "mpg", "eps", "heic"])
+def test_a_format_that_pillow_only_recognizes_is_refused(tmp_path: Path, suffix: str) -> None:
+    starts = {"h5": b"\x89HDF\r\n\x1a\n", "bufr": b"BUFR", "grib": b"GRIB\0\0\0\1", "mpg": b"\0\0\1\xb3\x02\x00\x20\0",
+              "eps": b"%!PS-Adobe-3.0 EPSF-3.0\n%%BoundingBox: 0 0 9 9\n", "heic": b"\0\0\0\x18ftypheic"}
+    (tmp_path / f"x.{suffix}").write_bytes(starts[suffix] + bytes(99))
+    with pytest.raises(UserError, match="is not an image of a supported format: convert it to JPEG or PNG first"):
+        read_image(tmp_path / f"x.{suffix}")
+
+
+@pytest.mark.parametrize(("script", "words", "plain", "never"), [
+    ("predict.py", ("docs/figures/drawing.png", "--model", "published/fast-s0"), " ### ", "\\u2588"),
+    ("predict.py", ("docs/figures/drawing.png", "--model", "nö"), "is called n\\", "Traceback"),
+])
+@pytest.mark.parametrize("environment", [{"PYTHONIOENCODING": "ascii"},
+                                         {"LC_ALL": "C", "PYTHONCOERCECLOCALE": "0", "PYTHONUTF8": "0"}])
+def test_output_without_unicode_is_plain(
+    script: str, words: tuple[str, ...], plain: str, never: str, environment: dict[str, str]
+) -> None:
+    done = subprocess.run([sys.executable, script, *words], cwd=ROOT, capture_output=True, timeout=60,
+                          env={**os.environ, **environment})
+    output = (done.stdout + done.stderr).decode("ascii")
+    assert plain.strip() in output and never not in output
+
+
+def test_each_symbol_has_a_plain_form() -> None:
+    codecs.register_error("degrade", degrade)
+    text = "70.1 ± 0.2, 69–71, ✓ 32×32 █ \udcff é 名"
+    assert text.encode("ascii", "degrade") == rb"70.1 +/- 0.2, 69-71, v 32x32 # \udcff \xe9 \u540d"
+    assert text.encode("cp1252", "degrade").decode("cp1252") == r"70.1 ± 0.2, 69–71, v 32×32 # \udcff é \u540d"
+    assert text.encode("utf-8", "degrade").decode() == text.replace("\udcff", r"\udcff")
 
 
 def test_a_folder_stands_for_the_images_in_it(
@@ -261,7 +389,7 @@ def test_postscript_is_not_executed(tmp_path: Path, halves: Image.Image) -> None
 def test_a_damaged_image_is_read_or_refused_quietly(
     tmp_path: Path, halves: Image.Image, suffix: str, capfd: pytest.CaptureFixture[str]
 ) -> None:
-    """A truncated or changed file gives an image or one line, and no decoder writes to stderr."""
+    """A truncated or changed file gives an image or one line, and under predict.py no decoder writes to stderr."""
     extra = {"compression": "tiff_lzw"} if suffix == "tif" else {}
     halves.save(tmp_path / f"x.{suffix}", **extra)
     content, generator = (tmp_path / f"x.{suffix}").read_bytes(), random.Random(suffix)
@@ -273,7 +401,8 @@ def test_a_damaged_image_is_read_or_refused_quietly(
             damaged = damaged[:generator.randrange(len(damaged))]
         (tmp_path / f"y.{suffix}").write_bytes(damaged)
         try:
-            assert read_image(tmp_path / f"y.{suffix}").shape == (3, 32, 32)
+            with quiet_decoders():
+                assert read_image(tmp_path / f"y.{suffix}").shape == (3, 32, 32)
         except UserError as problem:
             assert str(problem).startswith(f"{tmp_path}") and "\n" not in str(problem)
     assert capfd.readouterr() == ("", "")
@@ -304,10 +433,101 @@ def test_weights_are_found_by_run_or_by_file(results_dir: Path) -> None:
     assert find_weights(str(file), results_dir) == file
 
 
+@pytest.mark.parametrize("name", ["mine/", "results/mine", "results/mine/", "./results/mine", "{folder}/mine",
+                                  "results/mine/model.safetensors", "mine/model.safetensors"])
+def test_a_run_is_named_as_a_shell_completes_it(
+    results_dir: Path, name: str, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    (tmp_path / "results").symlink_to(results_dir)
+    monkeypatch.chdir(tmp_path)
+    found = find_weights(name.format(folder=results_dir), results_dir)
+    assert found.samefile(results_dir / "mine/model.safetensors")
+
+
+@pytest.mark.parametrize(("file", "kind"), [
+    ("checkpoint.safetensors", "a training checkpoint"), ("result.json", "a JSON file"), ("x.pt", "a pickle"),
+    ("x.pth", "a pickle"), ("x.onnx", "an ONNX file"), ("loss.png", "a .png file"), ("metrics.csv", "a .csv file"),
+    ("other.safetensors", "a safetensors file of another program"),
+])
+def test_a_file_that_is_not_weights_is_named_with_the_one_to_take(
+    results_dir: Path, tmp_path: Path, file: str, kind: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    path = shutil.copytree(results_dir / "mine", tmp_path / "mine") / file
+    model = create_model("mlp", widths=(8,))
+    if file == "checkpoint.safetensors":
+        path.write_bytes(checkpoint_bytes(model, [], Progress(), {}))
+    elif file == "other.safetensors":
+        path.write_bytes(save({"a": torch.zeros(1)}))
+    elif path.suffix in (".pt", ".pth"):
+        torch.save(model.state_dict(), path, _use_new_zipfile_serialization=path.suffix == ".pt")
+    elif file != "result.json":
+        path.write_bytes(b"\x08\x08content" if file == "x.onnx" else b"content")
+    assert run(results_dir, "x.png", "--model", path) == 2
+    line = error_line(capsys)
+    assert f"{path} is {kind}" in line and line.endswith(f"take {tmp_path / 'mine' / 'model.safetensors'}")
+    assert run(results_dir, "x.png", "--model", line.split(" take ")[1]) == 1  # x.png is missing, and nothing else
+    if kind.startswith("a ."):
+        return
+    (tmp_path / "mine" / "model.safetensors").unlink()
+    assert run(results_dir, "x.png", "--model", path) == 2
+    assert "once its run is finished" in capsys.readouterr().err
+    (tmp_path / "mine" / "config.json").unlink()
+    assert run(results_dir, "x.png", "--model", path) == 2
+    assert "give the model.safetensors of a run" in error_line(capsys)
+
+
+def test_a_home_folder_is_expanded_wherever_a_path_is_taken(
+    results_dir: Path, tmp_path: Path, halves: Image.Image, monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setenv("HOME", str(tmp_path))
+    shutil.copytree(results_dir / "mine", tmp_path / "runs" / "mine")
+    halves.save(tmp_path / "x.png")
+    for model in ("~/runs/mine", "~/runs/mine/model.safetensors"):
+        assert run(results_dir, "~/x.png", "--model", model) == 0
+    assert exit_status(lambda: predict.main(["~/x.png", "--model", "mine", "--results-dir=~/runs"])) == 0
+    assert run(results_dir, "--model", "mine", "--export", "~/runs/mine/config.json") == 2  # it is not overwritten
+    assert f"{tmp_path}/runs/mine/config.json exists" in capsys.readouterr().err
+
+
+def test_without_a_table_a_model_must_be_named(
+    results_dir: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    shutil.copytree(results_dir / "mine", tmp_path / "mine")
+    assert run(tmp_path, "x.png") == 2
+    assert "name one of your runs with --model" in error_line(capsys)
+
+
+def test_the_network_runs_on_the_device_that_is_asked_for(
+    results_dir: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    loaded = []
+    monkeypatch.setattr(predict, "load_model",
+                        lambda path, device: loaded.append(device) or create_model("mlp", widths=(8,)))
+    for present, flags, expected in ((("cuda",), (), "cuda"), (("mps",), (), "mps"), (("cuda", "mps"), (), "cuda"),
+                                     ((), (), "cpu"), (("cuda",), ("--device", "cpu"), "cpu"),
+                                     (("mps",), ("--device", "mps"), "mps")):
+        for name in ("cuda", "mps"):
+            module = torch.cuda if name == "cuda" else torch.backends.mps
+            monkeypatch.setattr(module, "is_available", lambda there=name in present: there)
+        assert run(results_dir, "x.png", "--model", "mine", *flags) == 1  # x.png is missing
+        assert loaded.pop() == expected
+    monkeypatch.setattr(devices, "is_available", lambda name: name == "cpu")
+    capsys.readouterr()
+    for name in ("cuda", "mps"):
+        assert run(results_dir, "x.png", "--model", "mine", "--device", name) == 2
+        assert f"has no {name} device: use --device cpu" in error_line(capsys)
+
+
 @pytest.mark.parametrize(("name", "words"), [
     ("nothing", "there are: drawn, mine, published/good-s1, published/poor-s0"),
-    ("published/good-s0", "there are: drawn, mine"),  # its weights are not published
+    ("published/good-s0", "has no weights; there are: drawn, mine"),  # they are not published
+    ("stopped", "is not finished: unless it is still being trained, resume it with: python train_mlp.py --resume"),
     ("drawn", "synthetic images"),
+    ("drawn/model.safetensors", "synthetic images"),
+    ("published", "no run in"),
+    ("x" * 300, "no run in"),
+    ("~nobody/x", "no run in"),
     ("README.md", "cannot be read as a weights file"),
     ("ten.safetensors", "has 10 classes instead of 100"),
 ])
@@ -316,12 +536,13 @@ def test_unusable_weights_are_one_error_line(
 ) -> None:
     save_model(create_model("mlp", widths=(8,), num_classes=10), tmp_path / "ten.safetensors")
     (tmp_path / "README.md").write_text("no weights")
-    path = tmp_path / name if "." in name else name
+    path = tmp_path / name if name in ("README.md", "ten.safetensors") else name
     assert run(results_dir, "x.png", "--model", path) == 2
     assert words in error_line(capsys)
 
 
-@pytest.mark.parametrize("words", [(), ("x.png", "--export", "y.onnx"), ("--export", "y.onnx", "--json")])
+@pytest.mark.parametrize("words", [(), ("x.png", "--export", "y.onnx"), ("--export", "y.onnx", "--json"),
+                                   ("--export", "y.onnx", "--device", "cpu"), ("x.png", "--device", "tpu")])
 def test_a_contradictory_command_is_one_error_line(
     results_dir: Path, words: tuple[str, ...], capsys: pytest.CaptureFixture[str]
 ) -> None:

@@ -163,17 +163,18 @@ def open_study(folder: Path, search: Search, base: Settings) -> Any:
     """
     try:
         import optuna
-        from optuna.storages.journal import JournalFileBackend, JournalStorage
+        from optuna.storages.journal import JournalFileBackend, JournalFileOpenLock, JournalStorage
     except ImportError:
         raise UserError("a search needs Optuna, which is not installed: "
                         "pip install -r requirements-extra.txt") from None
     optuna.logging.set_verbosity(optuna.logging.ERROR)
     pruner = optuna.pruners.MedianPruner(MIN_FOR_PRUNING, n_warmup_steps=(base.epochs + 1) // 2)
     journal = folder / "journal.log"
+    lock_file = JournalFileOpenLock(str(journal))  # the default one needs privileges on Windows
     try:
         study = optuna.create_study(
-            storage=JournalStorage(JournalFileBackend(str(journal))), study_name="tune", direction="maximize",
-            load_if_exists=True, pruner=pruner)
+            storage=JournalStorage(JournalFileBackend(str(journal), lock_obj=lock_file)), study_name="tune",
+            direction="maximize", load_if_exists=True, pruner=pruner)
     except (ValueError, KeyError, TypeError) as error:
         raise UserError(f"{journal} is damaged ({error}): delete it to start the search again") from error
     for trial in study.get_trials(states=[optuna.trial.TrialState.RUNNING]):  # of a process that was killed

@@ -2,6 +2,7 @@
 
 import argparse
 import dataclasses
+import os
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -9,6 +10,7 @@ from typing import Any
 from common.command_line import Parser, integers
 from common.errors import UserError
 from common.files import RESULTS_DIR, read_json
+from common.run_files import find_run
 from common.text import flops_text
 from training.losses import LOSSES
 from training.settings import Script, Settings, flag_of, show, words_for
@@ -52,11 +54,31 @@ def parse_command_line(script: Script, argv: list[str] | None = None) -> Options
     seeds = control.pop("seeds", (settings.seed,))
     if len(set(seeds)) < len(seeds) or min(seeds) < 0:
         raise UserError(f"--seeds must be different integers of at least 0, not {show(seeds)}")
+    settings = dataclasses.replace(settings, **_absolute_paths(settings, control.get("results_dir", RESULTS_DIR)))
+    given |= {name: getattr(settings, name) for name in given}
     for seed in seeds:
         dataclasses.replace(settings, seed=seed)  # refuse a bad seed now, not after the runs before it
     options = Options(settings=settings, given=given, seeds=seeds, **control)
     _refuse_without_effect(options)
     return options
+
+
+def _absolute_paths(settings: Settings, results_dir: Path) -> dict[str, Any]:
+    """The settings that name files, as a run started in another folder needs them.
+
+    Raises UserError if the weights to start from are missing.
+    """
+    paths: dict[str, Any] = {}
+    if settings.data_dir:
+        paths["data_dir"] = str(Path(os.path.expanduser(settings.data_dir)).absolute())
+    if settings.init_from:
+        weights = Path(os.path.expanduser(settings.init_from)).absolute()
+        if weights.suffix != ".safetensors":
+            weights = find_run(settings.init_from, results_dir) / "model.safetensors"
+        if not weights.is_file():
+            raise UserError(f"--init-from {settings.init_from}: there is no file {weights}; is that run finished?")
+        paths["init_from"] = str(weights)
+    return paths
 
 
 def _make_parser(script: Script) -> argparse.ArgumentParser:
@@ -76,7 +98,7 @@ def _make_parser(script: Script) -> argparse.ArgumentParser:
         elif isinstance(value, tuple):
             options |= {"type": integers, "metavar": "N,N,..."}
         else:
-            options |= {"type": type(value), "metavar": {int: "N", float: "X", str: "FOLDER"}[type(value)]}
+            options |= {"type": type(value), "metavar": {int: "N", float: "X", str: "PATH"}[type(value)]}
         group.add_argument(flag_of(f.name), **options)
     parser.add_results_dir()
     parser.add_argument("--quiet", action="store_true", help="no progress bar, only one line per epoch")

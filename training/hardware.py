@@ -15,6 +15,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from common.devices import choose_device
 from common.errors import UserError
 from training.distributed import Processes
 from training.settings import Settings
@@ -30,12 +31,7 @@ def prepare_device(settings: Settings) -> Settings:
 
     Raises UserError if this machine does not have the device.
     """
-    available = {"cuda": torch.cuda.is_available(), "mps": torch.backends.mps.is_available(), "cpu": True}
-    device = settings.device
-    if device == "auto":
-        device = next(name for name, is_available in available.items() if is_available)
-    if not available[device]:
-        raise UserError(f"this machine has no {device} device: start a run with --device cpu or --device auto")
+    device = choose_device(settings.device)
     if settings.threads:
         torch.set_num_threads(settings.threads)
     return replace(settings, device=device, threads=torch.get_num_threads())
@@ -49,6 +45,16 @@ def require_memory(build: Callable[[], nn.Module], device: str) -> None:
     if available is not None and needed > available:
         raise UserError(f"training this network takes more than {needed / 2**30:,.0f} GiB of memory, and this machine "
                         f"has {available / 2**30:,.0f}: try a smaller one, for example with smaller --widths")
+
+
+def require_compiler() -> None:
+    """Raise UserError if torch.compile does not work on this machine."""
+    try:
+        torch.compile(torch.sin)(torch.ones(2))
+    except Exception as error:  # of many types, most with a page of text
+        reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
+        raise UserError(f"--compile does not work on this machine ({reason}): install a C++ compiler, "
+                        "or train without --compile") from error
 
 
 def _total_memory(device: str) -> int | None:

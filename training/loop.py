@@ -22,15 +22,17 @@ from torch.utils.flop_counter import FlopCounterMode
 from tqdm import tqdm
 
 from common.errors import Interrupted, UserError
+from models import load_model
 from models.layers import set_side
 from training.checkpoint import Optimizers, Progress, restore
 from training.distributed import ALONE, Processes, lost_process_explained
-from training.hardware import autocast, machine_facts, peak_memory, require_memory, synchronize
+from training.hardware import autocast, machine_facts, peak_memory, require_compiler, require_memory, synchronize
 from training.optimizers import make_optimizers, set_rates
 from training.run_folder import Run
 from training.settings import Script, Settings
 from utils import Augmentation, Split, batches, compute_logits, derived_seed, steps_per_epoch, to_float
 
+STOP_SIGNALS = ("SIGINT", "SIGTERM", "SIGHUP", "SIGUSR1")  # Ctrl-C, kill, a lost terminal, a scheduler's warning
 LOOK_EVERY = 0.5  # seconds between looks at the running loss, each of which waits for the device
 REFRESH_BATCH = 500  # images per batch when batch norm's statistics are recomputed
 INPUT_SAMPLE = 10_000  # training images from which a model fits its normalization
@@ -76,6 +78,8 @@ def train(
 
         # Restore. Nothing else needs to be: random numbers and learning rates follow from the step's number.
         saved = processes.from_first(run.load_checkpoint())
+        if saved is None and settings.init_from:
+            load_weights(model, settings.init_from)
         progress = Progress() if saved is None else restore(saved, model, optimizers, run.name, settings.epochs)
         loss_sum = torch.tensor(progress.loss, dtype=torch.float32, device=device)  # reading it waits for the device
         correct_sum = torch.tensor(progress.correct, device=device)
@@ -190,6 +194,8 @@ def new_model(script: Script, settings: Settings, split: Split, num_outputs: int
     """
     outputs = len(split.fine_names) if num_outputs is None else num_outputs
     require_memory(lambda: script.build_model(settings, outputs), settings.device)
+    if settings.compile:
+        require_compiler()
     torch.manual_seed(derived_seed("init", settings.seed))
     return fit_and_place(script.build_model(settings, outputs), split, settings)
 
@@ -198,6 +204,14 @@ def fit_and_place(model: Any, split: Split, settings: Settings) -> nn.Module:
     """The model on its device, in channels_last order, with its normalization fitted to the first training images."""
     model.fit_inputs(to_float(split.images[:INPUT_SAMPLE]))
     return model.to(settings.device, memory_format=torch.channels_last)
+
+
+def load_weights(model: nn.Module, path: str) -> None:
+    """Copy the weights in the file `path` into `model`. Raises UserError if they are those of another network."""
+    try:
+        model.load_state_dict(load_model(path).state_dict())
+    except RuntimeError as error:
+        raise UserError(f"the weights in {path} do not fit this network: give it the settings of their run") from error
 
 
 def make_mixup(alpha: float, num_classes: int) -> Callable[[Tensor, Tensor], tuple[Tensor, Tensor]]:
@@ -305,11 +319,13 @@ def show_progress(bar: tqdm, progress: Progress, settings: Settings) -> None:
 
 
 class StopRequest:
-    """While the block lasts, a first SIGINT or SIGTERM only sets `signal`; a second one is handled as usual."""
+    """While the block lasts, a first signal of STOP_SIGNALS only sets `signal`; a second one is handled as usual."""
 
     def __enter__(self) -> "StopRequest":
         self.signal = 0
-        self._before = {number: signal.signal(number, self._note) for number in (signal.SIGINT, signal.SIGTERM)}
+        numbers = [getattr(signal, name) for name in STOP_SIGNALS if hasattr(signal, name)]
+        self._before = {number: signal.signal(number, self._note) for number in numbers
+                        if not _ignored_hangup(number)}
         return self
 
     def _note(self, number: int, frame: object) -> None:
@@ -322,3 +338,8 @@ class StopRequest:
 
     def __exit__(self, *exception: object) -> None:
         self._restore()
+
+
+def _ignored_hangup(number: int) -> bool:
+    """Whether the signal is a hangup that the shell has this process ignore, as nohup does."""
+    return number != signal.SIGINT and signal.getsignal(number) is signal.SIG_IGN

@@ -12,7 +12,6 @@ import platform
 import re
 import shutil
 import subprocess
-import sys
 import time
 from importlib.metadata import version
 from pathlib import Path
@@ -20,16 +19,18 @@ from typing import Any, Self
 
 from torch import nn
 
-from common.command_line import with_results_dir
-from common.errors import UserError
+from common.command_line import next_command
+from common.devices import is_available
+from common.errors import UserError, warn
 from common.files import PARTIAL, ROOT, flush_to_disk, lock, read_json, replacing, write_csv, write_json
-from common.plotting import BLUE, ORANGE, new_figure, save_figure
-from common.run_files import METRICS, RESERVED
+from common.plotting import BLUE, ORANGE, drawn, new_figure, save_figure
+from common.run_files import METRICS, RESERVED, find_run
 from common.text import flops_text
 from models import save_model
 from training.checkpoint import Checkpoint, Optimizers, Progress, checkpoint_bytes, read_checkpoint
 from training.distributed import Processes
 from training.flags import Options
+from training.hardware import prepare_device
 from training.settings import Script, Settings, flag_of, show
 
 PLOT_EVERY = 15.0  # seconds, since drawing a figure takes a good part of one
@@ -78,8 +79,8 @@ class RunFolder(Run):
         self.previous_path = folder / "checkpoint-previous.safetensors"
         self.weights_path = folder / "model.safetensors"
         self.result_path = folder / "result.json"
-        self._last_plot = -PLOT_EVERY
-        resume_command = with_results_dir(f"{script.launcher(processes)} --resume {folder.name}", folder.parent)
+        self._last_plot, self._plots = -PLOT_EVERY, True
+        resume_command = next_command(f"{script.launcher(processes)} --resume {folder.name}", folder.parent)
         super().__init__(folder.name, settings, resume_command=resume_command, finished=self.result_path.exists())
         if not self.finished:  # a training that was killed while writing leaves partial files behind
             for partial in folder.glob(f".*{PARTIAL}"):
@@ -121,9 +122,10 @@ class RunFolder(Run):
         Raises UserError if they do, if it was started with another number of processes, if there is no such run, if
         another process has it, or if its config is damaged.
         """
-        folder = results_dir / _checked_name(name)
+        folder = find_run(name, results_dir)
         if not folder.is_dir():
             raise UserError(f"there is no run {folder} to resume")
+        name = folder.name
         config = read_json(folder / "config.json")
         if not isinstance(config, dict) or not isinstance(config.get("settings"), dict):
             raise UserError(f"{folder / 'config.json'} has no settings; was it edited?")
@@ -135,12 +137,12 @@ class RunFolder(Run):
         may_differ = {f.name for f in dataclasses.fields(settings) if f.metadata["resumable"]}
         for setting_name, value in given.items():
             was = getattr(settings, setting_name)
-            if setting_name in may_differ:
-                settings = dataclasses.replace(settings, **{setting_name: value})
-            elif value != was and value != "auto" and (setting_name, value) != ("threads", 0):
-                raise UserError(f"the run {name} was started with {flag_of(setting_name)} {show(was)}, "
-                                f"not {show(value)}: resume it without that flag, or start a new run")
-        return cls(folder, settings, script, processes)
+            if setting_name not in may_differ and value not in (was, "auto"):
+                raise UserError(f"the run {name} was started with {flag_of(setting_name)} {show(was)}, not "
+                                f"{show(value)}: resume it without that flag, or start a new run from its weights "
+                                f"with --init-from {name}")
+        changes = {setting_name: value for setting_name, value in given.items() if setting_name in may_differ}
+        return cls(folder, _moved_here(settings, changes, name), script, processes)
 
     def save_checkpoint(self, model: nn.Module, optimizers: Optimizers, progress: Progress) -> None:
         """Write a checkpoint and keep the one before it."""
@@ -168,7 +170,7 @@ class RunFolder(Run):
             self._require_same_settings(path, rest["settings"])
             if path == self.previous_path:
                 if damages:
-                    print(f"warning: {damages[0]}: resuming from the checkpoint before it", file=sys.stderr)
+                    warn(f"{damages[0]}: resuming from the checkpoint before it")
                 os.replace(path, self.checkpoint_path)  # so that the next one does not push out the only good one
             return tensors, rest
         if found:
@@ -191,8 +193,10 @@ class RunFolder(Run):
             self._plot(rows)
 
     def _plot(self, rows: list[dict[str, Any]]) -> None:
-        save_figure(learning_curves(rows, self.name, synthetic=self.settings.synthetic), self.folder / "loss.png")
-        self._last_plot = time.monotonic()
+        """Draw `loss.png`, until that fails: a figure must not end a training."""
+        self._last_plot, path = time.monotonic(), self.folder / "loss.png"
+        self._plots = self._plots and drawn(lambda: save_figure(
+            learning_curves(rows, self.name, synthetic=self.settings.synthetic), path), path)
 
     def finish(self, model: nn.Module, rows: list[dict[str, Any]], result: dict[str, Any]) -> None:
         """Put the last figure, the weights and, as the last thing, the result in place."""
@@ -221,8 +225,21 @@ class RunFolder(Run):
         except (KeyError, TypeError, ValueError) as error:
             raise UserError(f"{self.result_path} is damaged; was it edited?") from error
         print(f"{self.name} is finished: {accuracy}; {cost}\n"
-              f"measure it on the test set: {with_results_dir(f'python evaluate.py {self.name}', self.folder.parent)}",
+              f"measure it on the test set: {next_command(f'python evaluate.py {self.name}', self.folder.parent)}",
               flush=True)
+
+
+def _moved_here(settings: Settings, changes: dict[str, Any], name: str) -> Settings:
+    """The settings of a run to resume, on a device of this machine; warns if that changes the bits of its result."""
+    before = settings.device, settings.threads
+    settings = dataclasses.replace(settings, **changes)
+    if not is_available(settings.device):
+        settings = dataclasses.replace(settings, device="auto")
+    settings = prepare_device(settings)
+    if (settings.device, settings.threads) != before:
+        warn(f"{name} was started on {before[0]} with {before[1]} threads and continues on {settings.device} with "
+             f"{settings.threads}: its result will differ in the last bits")
+    return settings
 
 
 def create_run(script: Script, options: Options, settings: Settings, processes: Processes) -> Run:
@@ -270,17 +287,22 @@ def _checked_name(name: str) -> str:
 def provenance() -> dict[str, Any]:
     """Everything needed to reproduce a number, except the settings."""
 
+    environment = {name: value for name, value in os.environ.items() if not name.startswith("GIT_")}
+
     def git(*words: str) -> str | None:
         try:
-            done = subprocess.run(["git", "-C", str(ROOT), *words], capture_output=True, text=True, timeout=10)
+            done = subprocess.run(["git", "-C", str(ROOT), *words], capture_output=True, text=True, timeout=10,
+                                  env=environment, errors="replace")
         except (OSError, subprocess.TimeoutExpired):
             return None
         return done.stdout.strip() if done.returncode == 0 else None
 
-    status = git("status", "--porcelain", "--untracked-files=no")
+    top = git("rev-parse", "--show-toplevel")
+    own = top is not None and Path(top).resolve() == ROOT  # not a repository that this folder happens to lie in
+    status = git("status", "--porcelain") if own else None
     return {
         "started": time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime()),
-        "git_commit": git("rev-parse", "HEAD"),
+        "git_commit": git("rev-parse", "HEAD") if own else None,
         "git_changes": None if status is None else bool(status),
         "versions": {"python": platform.python_version(),
                      **{package: version(package) for package in ("torch", "torchvision", "numpy")}},

@@ -78,6 +78,7 @@ class Settings:
     # Data and seed.
     seed: int = setting(0, "seed of initial weights, image order, augmentation and dropout", low=0,
                         high=2**63 - 1)
+    init_from: str = setting("", "start a new run from the weights of this run or weights file", one_batch=False)
     train_on_all: bool = setting(False, "train on all 50,000 training images, including the validation set")
     synthetic: bool = setting(False, "use procedurally drawn images instead of CIFAR-100")
 
@@ -85,9 +86,10 @@ class Settings:
     precision: str = setting("auto", "arithmetic of the training steps; on a CPU, auto takes the faster one",
                              choices=("auto", "float32", "bfloat16"), machine=True, one_batch=False)
     compile: bool = setting(False, "torch.compile the network first: slow to start, for long runs on a GPU",
-                            machine=True, one_batch=False)
-    device: str = setting("auto", "where to train", choices=("auto", "cpu", "cuda", "mps"), machine=True)
-    threads: int = setting(0, "CPU threads; 0 for PyTorch's default", low=0, high=1024, machine=True)
+                            resumable=True, machine=True, one_batch=False)
+    device: str = setting("auto", "where to train", choices=("auto", "cpu", "cuda", "mps"), resumable=True,
+                          machine=True)
+    threads: int = setting(0, "CPU threads; 0 for PyTorch's default", low=0, high=1024, resumable=True, machine=True)
     data_dir: str = setting("", "folder of the dataset (default: $CIFAR100_DIR, else data/)", resumable=True,
                             machine=True)
     checkpoint_every: float = setting(2.0, "minutes between checkpoints", low=0, resumable=True, machine=True,
