@@ -27,7 +27,8 @@ TINY_CONVNET = replace(
     NETWORKS["convnet"], changes=NETWORKS["convnet"].changes | dict(
         epochs=4, batch_size=125, sides=(12,), widths=(16, 64), blocks=(1, 1), crop=0, precision="float32"),
     smaller=dict(widths=(2, 4)))
-BOTH = pytest.mark.parametrize("subject", ["tiny", "tiny-convnet"], indirect=True)
+BOTH = pytest.mark.parametrize(
+    "subject", ["tiny", pytest.param("tiny-convnet", marks=pytest.mark.slow)], indirect=True)
 
 
 @pytest.fixture(scope="module", autouse=True)

@@ -343,12 +343,15 @@ def test_every_stop_signal_saves_a_checkpoint(
     name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     number = getattr(signal, name)
-    before = signal.getsignal(number)
-    with monkeypatch.context() as patch:
-        after_step(patch, 7, lambda: os.kill(os.getpid(), number))
-        assert train_tiny(tmp_path) == 128 + number
+    before = signal.signal(number, signal.default_int_handler)  # these tests may themselves run under nohup
+    try:
+        with monkeypatch.context() as patch:
+            after_step(patch, 7, lambda: os.kill(os.getpid(), number))
+            assert train_tiny(tmp_path) == 128 + number
+        assert signal.getsignal(number) is signal.default_int_handler
+    finally:
+        signal.signal(number, before)
     assert f"{name}: checkpoint saved" in capsys.readouterr().out
-    assert signal.getsignal(number) is before
     assert (tmp_path / "mlp-s0" / "checkpoint.safetensors").exists()
 
 
