@@ -8,11 +8,13 @@ Training uses `load_cifar100`, which never reads a test image. Only evaluation u
     python utils.py        # check the training images in data/ or $CIFAR100_DIR; download the dataset if it is missing
 """
 
+import difflib
 import errno
 import hashlib
 import http.client
 import math
 import os
+import shlex
 import socket
 import sys
 import tarfile
@@ -28,8 +30,9 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from common.command_line import Parser, exit_status
+from common.command_line import Parser, absolute_path, exit_status
 from common.errors import UserError
+from common.files import ROOT
 from data import synthetic
 
 SUPERCLASSES = {
@@ -67,8 +70,9 @@ CONTENT_DIGESTS = {  # of the official files; see `content_digest`
 }
 RECORD_BYTES = 2 + 3 * 32 * 32  # coarse label, fine label, then the red, green and blue planes
 VAL_PER_CLASS = 50
-UNPACK_AGAIN = "delete it and unpack the official archive again"  # advice at the end of messages
+UNPACK_AGAIN = "unpack the official archive again"  # advice at the end of messages
 BINARY_FOLDER, PYTHON_FOLDER = "cifar-100-binary", "cifar-100-python"
+PYTHON_FILES = ("meta", "train", "test")  # torchvision wants all three
 NETWORK_TIMEOUT = 30.0  # seconds without a byte after which a download has failed
 
 
@@ -107,9 +111,8 @@ class Split:
 
 
 def default_data_dir() -> str:
-    """The default folder of the dataset: $CIFAR100_DIR, else data/ in this repository."""
-    chosen = os.environ.get("CIFAR100_DIR")
-    return os.path.abspath(os.path.expanduser(chosen)) if chosen else str(Path(__file__).resolve().parent / "data")
+    """The default folder of the dataset, an absolute path: $CIFAR100_DIR, else data/ in this repository."""
+    return str(absolute_path(os.environ.get("CIFAR100_DIR") or str(ROOT / "data")))
 
 
 @overload
@@ -128,7 +131,8 @@ def load_cifar100(
     """Load the training images as (train, val): 45,000 and 5,000, or all 50,000 and None with `train_on_all`.
 
     Looks in `data_dir` for the official binary version, then for the python version, and downloads the latter if there
-    is neither. Raises UserError if the files are damaged, the folder cannot be used, or the download fails.
+    is neither. `data_dir` may also be the folder of the files themselves. Raises UserError if files are damaged or
+    missing, the folder does not exist or cannot be used, or the download fails.
     """
     if use_synthetic:
         train, val = _synthetic_split("train"), _synthetic_split("val")
@@ -187,33 +191,57 @@ def _concatenate(a: Split, b: Split) -> Split:
 
 def _load_official(data_dir: Path, part: str) -> Split:
     """Load `part` ("train" or "test") of CIFAR-100 from the first place that has it, or download it."""
+    data_dir = absolute_path(str(data_dir))
     try:
         if not _is_there(data_dir):
-            raise UserError(f"there is no folder {data_dir}: correct --data-dir or $CIFAR100_DIR, or create it for the "
-                            "dataset to be downloaded into it")
-        # People also name the inner folder, or unpack an archive into a folder of its name.
-        folders = (data_dir / BINARY_FOLDER, data_dir, data_dir / BINARY_FOLDER / BINARY_FOLDER)
-        for folder in folders:
-            if _is_there(folder / f"{part}.bin"):
-                return _checked(*_read_binary(folder / f"{part}.bin", NUM_IMAGES[part]), part, folder / f"{part}.bin")
-        for root in (data_dir, data_dir / PYTHON_FOLDER, data_dir.parent):
-            named = root != data_dir.parent or data_dir.name == PYTHON_FOLDER
-            if named and _is_there(root / PYTHON_FOLDER) and not _is_there(root / PYTHON_FOLDER / PYTHON_FOLDER):
-                return _checked(*_read_python(root, part), part, root / PYTHON_FOLDER)
-        for folder in folders:
-            if any(_is_there(folder / f"{other}.bin") for other in NUM_IMAGES):
-                raise UserError(f"{folder} has no {part}.bin: {UNPACK_AGAIN}")
-        with tempfile.TemporaryDirectory(prefix=".download-", dir=data_dir) as download:
-            _download(Path(download))  # moved only when complete
+            raise UserError(f"there is no folder {data_dir}{_suggestion(data_dir)}: create it to download CIFAR-100 "
+                            "into it, or name another one with --data-dir or $CIFAR100_DIR")
+        for folder in _places(data_dir, BINARY_FOLDER):
+            binary = folder / f"{part}.bin"
+            if _is_there(binary):
+                return _checked(*_read_binary(binary, NUM_IMAGES[part]), part, binary)
+        for folder in _places(data_dir, PYTHON_FOLDER):
+            if all(_is_there(folder / name) for name in PYTHON_FILES):
+                return _checked(*_read_python(folder, part), part, folder)
+        _refuse_incomplete(data_dir, part)
+        with tempfile.TemporaryDirectory(prefix=".download-", dir=data_dir) as temporary:
+            _download(Path(temporary))  # moved only when complete
             try:
-                os.replace(Path(download) / PYTHON_FOLDER, data_dir / PYTHON_FOLDER)
+                os.replace(Path(temporary) / PYTHON_FOLDER, data_dir / PYTHON_FOLDER)
             except OSError as error:
                 if error.errno not in (errno.EEXIST, errno.ENOTEMPTY):  # another process has put it there
                     raise
-        return _checked(*_read_python(data_dir, part), part, data_dir / PYTHON_FOLDER)
+        return _checked(*_read_python(data_dir / PYTHON_FOLDER, part), part, data_dir / PYTHON_FOLDER)
     except OSError as error:
         raise UserError(f"cannot use the data folder {data_dir} ({error.strerror or error}): "
                         "name another one with --data-dir or $CIFAR100_DIR") from error
+
+
+def _places(data_dir: Path, name: str) -> tuple[Path, ...]:
+    """Folders that may hold the files of an archive's folder `name`: it, it unpacked into itself, `data_dir` itself."""
+    return data_dir / name, data_dir / name / name, data_dir
+
+
+def _suggestion(missing: Path) -> str:
+    """A question that names the folder with the most similar name, if there is one."""
+    siblings = [path.name for path in missing.parent.iterdir() if path.is_dir()] if _is_there(missing.parent) else []
+    similar = difflib.get_close_matches(missing.name, siblings, n=1)
+    return f" (is it {missing.parent / similar[0]}?)" if similar else ""
+
+
+def _refuse_incomplete(data_dir: Path, part: str) -> None:
+    """Raise UserError if `data_dir` has some of the files, or an archive: downloading would only hide the mistake."""
+    for name, needed in ((BINARY_FOLDER, (f"{part}.bin",)), (PYTHON_FOLDER, PYTHON_FILES)):
+        for folder in reversed(_places(data_dir, name)):
+            others = ("train.bin", "test.bin") if name == BINARY_FOLDER else ()  # `train` may be any folder
+            if _is_there(folder) and (folder.name == name or any(_is_there(folder / other) for other in others)):
+                missing = [file for file in needed if not _is_there(folder / file)]
+                raise UserError(f"{folder} has no {' and no '.join(missing)}: {UNPACK_AGAIN}")
+    for name in (BINARY_FOLDER, PYTHON_FOLDER):
+        archive = data_dir / f"{name}.tar.gz"
+        if _is_there(archive):
+            command = shlex.join(["tar", "-xzf", str(archive), "-C", str(data_dir)])
+            raise UserError(f"{archive} is not unpacked: run {command}")
 
 
 def _is_there(path: Path) -> bool:
@@ -236,15 +264,18 @@ def _read_binary(path: Path, count: int) -> tuple[Tensor, Tensor, Tensor]:
     return images.contiguous(), fine_labels, coarse_labels
 
 
-def _read_python(data_dir: Path, part: str) -> tuple[Tensor, Tensor, Tensor]:
-    """The same three tensors, from the python version."""
+def _read_python(folder: Path, part: str) -> tuple[Tensor, Tensor, Tensor]:
+    """The same three tensors, from the python version in `folder`, whatever its name."""
     from torchvision.datasets import CIFAR100  # here, because importing torchvision takes a second
 
+    class Unpacked(CIFAR100):
+        base_folder = folder.name
+
     try:
-        official = CIFAR100(str(data_dir), train=part == "train")
+        official = Unpacked(str(folder.parent), train=part == "train")
     except RuntimeError as error:  # torchvision compares each file's MD5 before unpickling it
-        raise UserError(f"{data_dir / PYTHON_FOLDER} is incomplete or damaged (its MD5 sums do not match): "
-                        "delete that folder and try again") from error
+        raise UserError(f"{folder} is damaged (its MD5 sums do not match): {UNPACK_AGAIN}, or delete that folder to "
+                        "download it") from error
     images = torch.from_numpy(official.data.transpose(0, 3, 1, 2)).contiguous()
     fine_labels = torch.tensor(official.targets)
     return images, fine_labels, torch.tensor(COARSE_OF_FINE)[fine_labels.clamp(0, len(FINE_NAMES) - 1)]

@@ -18,14 +18,13 @@ import sys
 import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field, replace
-from pathlib import Path
 from typing import Any
 
 import torch
 from torch import nn
 from torchvision.models import MobileNetV2
 
-from common.command_line import Parser, exit_status
+from common.command_line import Parser, absolute_path, exit_status
 from common.errors import UserError
 from common.files import RESULTS_DIR, read_json
 from common.plotting import save_figure
@@ -209,7 +208,8 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("--precision", choices=("auto", "float32", "bfloat16"), default="auto",
                         help="arithmetic of the training steps; on a CPU, auto takes the faster one")
     parser.add_argument("--device", choices=("auto", "cpu", "cuda", "mps"), default="auto", help="where to train")
-    parser.add_argument("--figure", type=Path, metavar="FILE", help="draw accuracy against time into this PNG file")
+    parser.add_argument("--figure", type=absolute_path, metavar="FILE",
+                        help="draw accuracy against time into this PNG file")
     parser.add_data_dir()
     parser.add_synthetic()
     options = parser.parse_args(argv)

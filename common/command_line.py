@@ -2,6 +2,7 @@
 
 import argparse
 import codecs
+import errno
 import io
 import os
 import shlex
@@ -15,7 +16,7 @@ from typing import Any, NoReturn
 import torch
 import torch.distributed as dist
 
-from common.errors import Interrupted, UserError
+from common.errors import Interrupted, UserError, reason
 from common.files import RESULTS_DIR, ROOT
 from common.text import degrade
 from models import WeightsError
@@ -82,7 +83,10 @@ def integers(text: str) -> tuple[int, ...]:
 
 def absolute_path(text: str) -> Path:
     """The type of an argument that names a file or folder for later, when the current folder may be another one."""
-    return expanded_path(text).absolute()
+    try:
+        return expanded_path(text).absolute()
+    except FileNotFoundError as error:
+        raise UserError(f"{text!r} is relative to the current folder, which is gone: change to another one") from error
 
 
 def expanded_path(text: str) -> Path:
@@ -90,7 +94,7 @@ def expanded_path(text: str) -> Path:
     try:
         return Path(text).expanduser()
     except RuntimeError as error:
-        raise argparse.ArgumentTypeError(f"{text!r} names the home of an unknown user") from error
+        raise UserError(f"{text!r} names the home folder of an unknown user") from error
 
 
 def _absolute_or_empty(text: str) -> str:
@@ -100,8 +104,8 @@ def _absolute_or_empty(text: str) -> str:
 
 def next_command(command: str, results_dir: Path) -> str:
     """`command` as it is typed in the current folder, with `--results-dir` where that is not the default."""
-    here = Path.cwd() == ROOT
-    words = [word if here or not word.endswith(".py") else str(ROOT / word) for word in command.split()]
+    here = os.path.samefile(os.curdir, ROOT)  # works in a folder that is gone, unlike Path.cwd
+    words = [word if here or not word.endswith(".py") else str(ROOT / word) for word in shlex.split(command)]
     where = [] if results_dir.resolve() == RESULTS_DIR else ["--results-dir", str(results_dir)]
     return shlex.join([*words, *where])
 
@@ -113,20 +117,41 @@ def launched() -> tuple[int, int]:
     return int(os.environ["RANK"]), int(os.environ["WORLD_SIZE"])
 
 
+def say(line: str) -> None:
+    """Print a line at once. A terminal that is gone, as after a lost connection, takes nothing and fails nothing."""
+    try:
+        print(line, flush=True)
+    except OSError as error:
+        if error.errno != errno.EIO:
+            raise
+        _discard(sys.stdout)
+
+
+def _discard(stream: Any) -> None:
+    """Discard what is still in the stream and what is written later: Python flushes it at its end."""
+    with suppress(OSError, ValueError):
+        os.dup2(os.open(os.devnull, os.O_WRONLY), stream.fileno())
+
+
 def exit_status(main: Callable[[], int]) -> int:
     """Run a command's `main` and return its exit status: 2, with one line on stderr, for what the user can correct.
 
     A process that has joined others ends here. Python's usual shutdown sometimes aborts while threads of gloo still
     hold tensors (PyTorch's pull request 179291).
     """
-    for stream in ("stdout", "stderr"):
-        if getattr(sys, stream) is None:  # closed by the shell, as with >&-
-            setattr(sys, stream, open(os.devnull, "w"))  # noqa: SIM115 (open as long as the process)
+    while (descriptor := os.open(os.devnull, os.O_RDWR)) <= 2:  # else the next file opened would be a standard stream
+        pass
+    os.close(descriptor)
+    for name in ("stdout", "stderr"):
+        if getattr(sys, name) is None:  # closed by the shell, as with >&-
+            setattr(sys, name, open(os.devnull, "w"))  # noqa: SIM115 (open as long as the process)
     status = _run(main)
+    for stream in (sys.stdout, sys.stderr):
+        try:
+            stream.flush()
+        except OSError:  # as after a lost connection; an error here would replace the status
+            _discard(stream)
     if dist.is_initialized():
-        for stream in filter(None, (sys.stdout, sys.stderr)):
-            with suppress(OSError):
-                stream.flush()
         os._exit(status)
     return status
 
@@ -139,17 +164,16 @@ def _run(main: Callable[[], int]) -> int:
         except Interrupted as stop:
             status = stop.status
             if rank == 0:
-                print(f"\n{stop}")
+                say(f"\n{stop}")
         print(end="", flush=True)  # a full disk or a closed pipe can still be reported here
         return status
     except (UserError, WeightsError) as error:
         message = str(error)
     except BrokenPipeError:  # whatever read the output has ended, as with `| head`
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # for what Python flushes at its end
+        _discard(sys.stdout)
         return CLOSED_PIPE
     except OSError as error:
-        advice = "" if isinstance(error, FileNotFoundError) else "; is the disk full or the folder read-only?"
-        message = f"{error.filename or 'a file'}: {error.strerror or error}{advice}"
+        message = f"{error.filename or 'a file or the output'}: {reason(error)}"
     except RuntimeError as error:
         if not isinstance(error, torch.OutOfMemoryError) and "allocate memory" not in str(error):
             raise

@@ -1,7 +1,13 @@
 """The two exceptions that end a command with one line instead of a traceback, and warnings."""
 
+import errno
 import signal
 import sys
+from contextlib import suppress
+
+HINTS = {**dict.fromkeys((errno.ENOSPC, errno.EDQUOT, errno.EFBIG), "is the disk full?"),
+         **dict.fromkeys((errno.EACCES, errno.EPERM, errno.EROFS), "is the folder read-only?"),
+         errno.ENOENT: "is the folder gone?"}
 
 
 class UserError(Exception):
@@ -19,6 +25,13 @@ class Interrupted(Exception):
         self.status = 128 + signal_number
 
 
+def reason(error: OSError) -> str:
+    """The system's words for what failed, with a hint where there is one."""
+    words = error.strerror or str(error) or type(error).__name__
+    return f"{words}: {HINTS[error.errno]}" if error.errno in HINTS else words
+
+
 def warn(message: str) -> None:
     """Print one line on stderr about something that does not stop the command."""
-    print("warning: " + " ".join(message.split()), file=sys.stderr, flush=True)
+    with suppress(OSError):  # nor does a stderr that is gone
+        print("warning: " + " ".join(message.split()), file=sys.stderr, flush=True)

@@ -12,12 +12,12 @@ from typing import Any
 
 from filelock import BaseFileLock, FileLock, Timeout
 
-from common.errors import UserError, warn
+from common.errors import UserError, reason, warn
 
 ROOT = Path(__file__).resolve().parents[1]
 RESULTS_DIR = ROOT / "results"
 PARTIAL = ".partial"  # suffix of a file that is being written
-NO_LOCKS = {errno.ENOLCK, errno.ENOSYS, errno.ENOTSUP, errno.EOPNOTSUPP, errno.EINVAL}
+UNSUPPORTED = {errno.ENOSYS, errno.ENOTSUP, errno.EOPNOTSUPP, errno.EINVAL}  # by some network file systems
 MAX_JSON_BYTES = 2**24  # far above the size of any JSON file here
 
 
@@ -37,19 +37,23 @@ def replacing(path: Path) -> Iterator[Path]:
         finally:
             partial.unlink(missing_ok=True)
     except OSError as error:
-        raise UserError(f"cannot write {path} ({error.strerror or error}): is the disk full, or the folder read-only "
-                        "or gone? Existing files are unchanged") from error
+        raise UserError(f"cannot write {path} ({reason(error)}); existing files are unchanged") from error
 
 
 def flush_to_disk(path: Path) -> None:
     """Write the system's buffers for a file or folder to the disk, so that it survives a power cut."""
     if os.name == "nt" and path.is_dir():  # a folder cannot be opened on Windows
         return
-    descriptor = os.open(path, os.O_RDWR if os.name == "nt" else os.O_RDONLY)
+    try:
+        descriptor = os.open(path, os.O_RDWR if os.name == "nt" else os.O_RDONLY)
+    except PermissionError:
+        if path.is_dir():  # one may be allowed to write into a folder and not to list it
+            return
+        raise
     try:
         os.fsync(descriptor)
     except OSError as error:
-        if error.errno != errno.EINVAL:  # not supported by some network file systems
+        if error.errno not in UNSUPPORTED:
             raise
     finally:
         os.close(descriptor)
@@ -94,14 +98,13 @@ def lock(path: Path, in_use: str) -> BaseFileLock:
 
     Some network file systems have no locks: there this only warns.
     """
-    held = FileLock(path)
+    held = FileLock(path, fallback_to_soft=False)  # a soft lock would outlive a killed process
     try:
         held.acquire(blocking=False)
     except Timeout:
         raise UserError(in_use) from None
-    except OSError as error:
-        if error.errno not in NO_LOCKS:
-            raise UserError(f"cannot write {path} ({error.strerror or error})") from error
-        warn(f"{path.parent} is on a file system without locks ({error.strerror}): "
-             "do not use it in two processes at once")
+    except (OSError, NotImplementedError) as error:  # the latter from older versions of filelock
+        if isinstance(error, OSError) and error.errno not in {*UNSUPPORTED, errno.ENOLCK}:
+            raise UserError(f"cannot lock {path} ({reason(error)})") from error
+        warn(f"{path.parent} is on a file system without locks ({error}): do not use it in two processes at once")
     return held

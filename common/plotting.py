@@ -1,8 +1,10 @@
 """Figure style. matplotlib is imported inside functions, because importing it takes more than a second."""
 
+import logging
 import os
 import sys
-from collections.abc import Callable
+from collections.abc import Iterator
+from contextlib import contextmanager
 from functools import cache
 from pathlib import Path
 from typing import Any
@@ -14,6 +16,7 @@ from common.files import replacing
 BLUE, ORANGE, GREEN, PINK, SKY, YELLOW = "#0072B2", "#D55E00", "#009E73", "#CC79A7", "#56B4E9", "#E69F00"
 PALETTE = (BLUE, ORANGE, GREEN, PINK, SKY, YELLOW)
 MARKERS = "osD^vP"
+MAX_REASON = 300  # characters of an error of matplotlib in a warning
 
 
 def new_figure(width: float, height: float, title: str, *, synthetic: bool = False) -> Any:
@@ -25,17 +28,21 @@ def new_figure(width: float, height: float, title: str, *, synthetic: bool = Fal
 
 @cache
 def _figure_class() -> Any:
-    """matplotlib's Figure, imported without MPLBACKEND and matplotlibrc files, which can make it fail.
+    """matplotlib's Figure, imported without MPLBACKEND and matplotlibrc files, which can make it fail or talk.
 
     A program that has imported matplotlib before keeps its own settings.
     """
     if "matplotlib" not in sys.modules:
-        backend = os.environ.pop("MPLBACKEND", None)
+        backend, logger = os.environ.pop("MPLBACKEND", None), logging.getLogger("matplotlib")
+        level = logger.level
+        logger.setLevel(logging.CRITICAL)  # it reports what it cannot use in those files, and a missing font cache
         try:
             import matplotlib
+            import matplotlib.figure
 
             matplotlib.rcdefaults()
         finally:
+            logger.setLevel(level)
             if backend is not None:
                 os.environ["MPLBACKEND"] = backend
     from matplotlib.figure import Figure
@@ -49,11 +56,10 @@ def save_figure(figure: Any, path: Path) -> None:
         figure.savefig(partial, format="png", dpi=110, metadata={"Software": None})
 
 
-def drawn(draw: Callable[[], None], path: Path) -> bool:
-    """Call `draw`, which draws `path`; a failure is only a warning. Returns whether it succeeded."""
+@contextmanager
+def only_warning(path: Path) -> Iterator[None]:
+    """Turn whatever fails in the block, which draws `path`, into a warning: the work before it must not be lost."""
     try:
-        draw()
-    except Exception as error:  # matplotlib may raise anything
-        warn(f"{path} could not be drawn ({error or type(error).__name__})")
-        return False
-    return True
+        yield
+    except Exception as error:  # of any type: matplotlib has many parts
+        warn(f"{path} could not be drawn ({(str(error) or type(error).__name__)[:MAX_REASON]})")

@@ -9,10 +9,13 @@ METRICS = ("epoch", "train_loss", "train_acc", "val_loss", "val_acc", "lr", "sec
 
 
 def find_run(name: str, results_dir: Path) -> Path:
-    """The folder of a run given as a shell completes it: by its name, its folder, or a file in that."""
-    for path in (results_dir / name, Path(os.path.expanduser(name)).absolute()):
-        if os.path.isdir(path):  # unlike Path.is_dir, False for a name that no folder can have
-            return path
-        if os.path.isfile(path):
-            return path.parent
-    return results_dir / name
+    """The folder of a run given as a shell completes it: by its name, its folder, or a file in that.
+
+    `name` in `results_dir` if there is none.
+    """
+    given = [Path(os.path.normpath(results_dir / name)), Path(os.path.abspath(os.path.expanduser(name)))]
+    for path in given:
+        folder = path.parent if os.path.isfile(path) else path  # unlike Path's, False for a name that no file can have
+        if os.path.isfile(folder / "config.json"):
+            return folder
+    return next(filter(os.path.isdir, given), results_dir / name)

@@ -195,7 +195,7 @@ def test_a_file_of_another_size_is_refused(tmp_path, part):
         with open(path, "r+b") as file:
             file.truncate(size)  # sparse where it grows
         text = refusal(LOADERS[part], tmp_path)
-        assert str(path) in text and f"{size:,} bytes" in text and "delete it" in text
+        assert str(path) in text and f"{size:,} bytes" in text and "unpack" in text
 
 
 def set_fine_label(records: np.ndarray) -> None:
@@ -244,7 +244,7 @@ def test_images_or_labels_that_are_not_official_are_refused(official_data_dir, t
     damage(records)
     path = write_records(tmp_path, part, records)
     text = refusal(LOADERS[part], tmp_path)
-    assert str(path) in text and complaint in text and "delete it" in text
+    assert str(path) in text and complaint in text and "unpack" in text
 
 
 def test_a_damaged_dataset_starts_no_run(official_data_dir, tmp_path, capsys):
@@ -449,7 +449,86 @@ def test_a_download_leaves_only_the_dataset(python_data_dir, parts, tmp_path, mo
     assert sorted(path.name for path in (data_dir / "cifar-100-python").iterdir()) == ["meta", "test", "train"]
 
 
+# ---- Folders close to the right one ---------------------------------------------------------------------------------
+
+
+def inner(folder: Path, unpacked: Path) -> Path:
+    (folder / unpacked.name).symlink_to(unpacked)
+    return folder / unpacked.name
+
+
+def renamed(folder: Path, unpacked: Path) -> Path:
+    (folder / "cifar100").symlink_to(unpacked)
+    return folder / "cifar100"
+
+
+def unpacked_twice(folder: Path, unpacked: Path) -> Path:
+    (folder / unpacked.name).mkdir()
+    inner(folder / unpacked.name, unpacked)
+    return folder
+
+
+@pytest.mark.parametrize("place", [inner, renamed, unpacked_twice])
+@pytest.mark.parametrize("version", ["binary", "python"])
+def test_a_folder_close_to_the_right_one_is_taken(
+    version, place, official_data_dir, python_data_dir, parts, tmp_path
+):
+    source = {"binary": official_data_dir, "python": python_data_dir}[version]
+    data_dir = place(tmp_path, source / f"cifar-100-{version}")
+    assert_same(load_cifar100(data_dir)[0], parts[0])
+    load_test_set(data_dir)
+
+
+@pytest.mark.parametrize("below", ["cifar-100-binary", "."])
+def test_a_missing_file_is_named_and_nothing_downloaded(below, official_data_dir, tmp_path):
+    (tmp_path / below).mkdir(exist_ok=True)
+    (tmp_path / below / "train.bin").symlink_to(official_data_dir / "cifar-100-binary" / "train.bin")
+    load_cifar100(tmp_path)
+    assert refusal(load_test_set, tmp_path) == f"{tmp_path / below} has no test.bin: {utils.UNPACK_AGAIN}"
+
+
+def test_missing_files_of_the_python_version_are_named(python_data_dir, tmp_path):
+    folder = unpack_with(tmp_path, python_data_dir)
+    (folder / "meta").unlink()
+    (folder / "test").unlink()
+    assert refusal(load_cifar100, tmp_path).startswith(f"{folder} has no meta and no test: ")
+    (folder / "train").unlink()
+    assert "no train" in refusal(load_cifar100, folder)  # empty
+
+
+def test_an_archive_that_is_not_unpacked_is_named(python_data_dir, parts, tmp_path):
+    archive = tmp_path / "cifar-100-python.tar.gz"
+    archive.symlink_to(python_data_dir / archive.name)
+    command = refusal(load_cifar100, tmp_path).partition(": run ")[2]
+    subprocess.run(command, shell=True, check=True)
+    assert_same(load_cifar100(tmp_path)[0], parts[0])
+
+
+def test_a_mistyped_data_folder_is_not_created(official_data_dir, tmp_path, capsys):
+    (tmp_path / "datasets").mkdir()
+    text = refusal(load_cifar100, tmp_path / "dataset")
+    assert text.startswith(f"there is no folder {tmp_path / 'dataset'} (is it {tmp_path / 'datasets'}?): create it")
+    assert "is it" not in refusal(load_cifar100, tmp_path / "missing" / "x")
+    assert run_script(tmp_path / "results", "--data-dir", str(tmp_path / "x"), "--quiet") == 2
+    assert str(tmp_path / "x") in error_line(capsys)
+    assert run_names(tmp_path) == ["datasets"]
+
+
+def test_the_default_data_folder_is_absolute(tmp_path, monkeypatch):
+    monkeypatch.setenv("HOME", str(tmp_path))
+    monkeypatch.chdir(tmp_path)
+    for value, folder in (("~/images", tmp_path / "images"), ("images", tmp_path / "images"), ("", ROOT / "data")):
+        monkeypatch.setenv("CIFAR100_DIR", value)
+        assert utils.default_data_dir() == str(folder)
+
+
 # ---- The synthetic set ----------------------------------------------------------------------------------------------
+
+
+def synthetic_splits() -> tuple[Split, Split, Split]:
+    train, val = load_cifar100("unused", use_synthetic=True)
+    assert val is not None
+    return train, val, load_test_set("unused", use_synthetic=True)
 
 
 @pytest.fixture(scope="module")

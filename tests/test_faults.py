@@ -5,6 +5,7 @@ takes minutes: `python -m pytest -m slow`.
 """
 
 import ctypes
+import errno
 import os
 import random
 import shutil
@@ -12,15 +13,17 @@ import signal
 import subprocess
 import sys
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager, redirect_stdout, suppress
 from pathlib import Path
+from typing import Any
 
 import pytest
 
 import train_cnn
 from common import files
 from common.command_line import exit_status
+from common.errors import UserError
 from tests.helpers import (
     MACHINE,
     ROOT,
@@ -29,6 +32,7 @@ from tests.helpers import (
     after_step,
     contents,
     drawn_once,  # noqa: F401 (a fixture)
+    edit_settings,
     error_line,
     metrics,
     read_json,
@@ -37,7 +41,7 @@ from tests.helpers import (
     same_weights,
     train_tiny,
 )
-from tests.processes import finished, kill, linux_only, posix_only, started, wait_until
+from tests.processes import TIMEOUT, finished, kill, linux_only, posix_only, started, wait_until
 from training import run_folder
 from training.checkpoint import read_checkpoint
 
@@ -390,7 +394,219 @@ def test_a_read_only_run_keeps_its_checkpoint(stopped: Path) -> None:
     assert resumes_to_the_same_end(stopped)
 
 
-# ---- Closed streams, other systems ----------------------------------------------------------------------------------
+# ---- Optional safeties: locks, flushed folders, figures, a compiler -------------------------------------------------
+
+
+def failing(number: int) -> Callable[..., None]:
+    """A system call that fails with this errno."""
+
+    def fail(*arguments: object) -> None:
+        raise OSError(number, os.strerror(number))
+
+    return fail
+
+
+@posix_only
+@pytest.mark.parametrize("number", [errno.ENOLCK, errno.ENOSYS, errno.EOPNOTSUPP])
+def test_a_file_system_without_locks_is_a_warning(
+    number: int, stopped: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr("fcntl.flock", failing(number))
+    assert resumes_to_the_same_end(stopped)
+    (line,) = capsys.readouterr().err.splitlines()
+    assert line.startswith(f"warning: {stopped} is on a file system without locks") and os.strerror(number) in line
+    assert train_tiny(stopped.parent, "--name", "new", "--epochs", "1") == 0
+
+
+@posix_only
+def test_a_failing_lock_is_named_and_leaves_no_folder(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr("fcntl.flock", failing(errno.EIO))
+    for _ in range(2):
+        assert train_tiny(tmp_path) == 2
+        line = error_line(capsys)
+        assert "cannot lock" in line and os.strerror(errno.EIO) in line and "full" not in line
+        assert run_names(tmp_path) == []
+
+
+@posix_only
+@pytest.mark.parametrize(("call", "number"), [
+    ("fsync", errno.EINVAL), ("fsync", errno.EOPNOTSUPP), ("open", errno.EACCES)])
+def test_a_folder_that_cannot_be_flushed_is_no_error(
+    call: str, number: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    real = getattr(os, call)
+
+    def not_for_folders(target: Any, *arguments: Any, **options: Any) -> Any:
+        return failing(number)() if os.path.isdir(target) else real(target, *arguments, **options)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(os, call, not_for_folders)
+        files.write_text(tmp_path / "a.txt", "text")
+    assert (tmp_path / "a.txt").read_text() == "text"
+
+
+@pytest.mark.parametrize(("number", "hint"), [
+    (errno.ENOSPC, "full?"), (errno.EDQUOT, "full?"), (errno.EROFS, "read-only?"), (errno.EIO, "")])
+def test_an_error_of_the_system_is_named_as_it_is(
+    number: int, hint: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(os, "fsync", failing(number))
+    with pytest.raises(UserError) as refused:
+        files.write_text(tmp_path / "a.txt", "text")
+    text = str(refused.value)
+    assert os.strerror(number) in text and hint in text and ("?" in text) == bool(hint)
+    assert run_names(tmp_path) == []
+
+
+@pytest.mark.parametrize("broken", ["learning_curves", "save_figure"])
+def test_a_figure_never_ends_a_training(
+    broken: str, stopped: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def fail(*arguments: object, **options: object) -> None:
+        raise ImportError("no backend\nof this name")
+
+    monkeypatch.setattr(run_folder, broken, fail)
+    monkeypatch.setattr(run_folder, "PLOT_EVERY", 0.0)
+    assert resumes_to_the_same_end(stopped)
+    warning = f"warning: {stopped / 'loss.png'} could not be drawn (no backend of this name)\n"
+    assert capsys.readouterr().err == warning
+
+
+DRAW = """
+import sys
+from pathlib import Path
+from common.plotting import new_figure, save_figure
+figure = new_figure(4, 3, "title")
+figure.subplots().plot([1, 3, 2])
+save_figure(figure, Path(sys.argv[1]))
+"""
+
+
+def test_nothing_outside_reaches_the_figures(tmp_path: Path) -> None:
+    """MPLBACKEND as in a notebook, the matplotlibrc of the current folder, no folder for a cache."""
+    (tmp_path / "matplotlibrc").write_text("text.usetex: True\nlines.linewidth: 9\nbackend: none\nnonsense\n")
+    (tmp_path / "empty").mkdir()
+    environments = {"plain": {}, "notebook": {"MPLBACKEND": "module://matplotlib_inline.backend_inline"},
+                    "misspelled": {"MPLBACKEND": "ag"}, "without a cache": {"MPLCONFIGDIR": os.devnull}}
+    processes = [subprocess.Popen([sys.executable, "-c", DRAW, tmp_path / name], stderr=subprocess.PIPE,
+                                  cwd=tmp_path / "empty" if name == "plain" else tmp_path,
+                                  env={**os.environ, "PYTHONPATH": str(ROOT), **environment})
+                 for name, environment in environments.items()]
+    assert [process.communicate(timeout=60)[1] for process in processes] == [b""] * 4
+    assert len({(tmp_path / name).read_bytes() for name in environments}) == 1
+
+
+def without_compiler(*arguments: object, **options: object) -> None:
+    raise RuntimeError("InvalidCxxCompiler: none found\n" + "a page of text\n" * 50)
+
+
+def test_compile_is_tried_before_a_run_is_started(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr("torch.compile", without_compiler)
+    assert train_tiny(tmp_path, "--compile") == 2
+    line = error_line(capsys)
+    assert "InvalidCxxCompiler" in line and "--no-compile" in line and len(line) < 300
+    assert run_names(tmp_path) == []
+
+
+def test_a_compiled_run_is_resumed_without_a_compiler(
+    stopped: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    edit_settings(stopped, compile=True)
+    monkeypatch.setattr("torch.compile", without_compiler)
+    assert resume(stopped.parent, stopped.name) == 2
+    assert "--no-compile" in error_line(capsys)
+    assert resume(stopped.parent, stopped.name, "--no-compile") == 0
+    assert "last bits" in capsys.readouterr().err
+    assert same_weights(stopped, stopped.parent / "whole")
+
+
+@pytest.mark.slow
+def test_a_missing_compiler_is_noticed_despite_a_cache(tmp_path: Path) -> None:
+    """The second process finds what the first one has compiled."""
+    flags = (*TINY, "--epochs", "1", "--compile", "--results-dir", str(tmp_path / "results"))
+    cache = {"TORCHINDUCTOR_CACHE_DIR": str(tmp_path / "cache")}
+    done = [subprocess.run([sys.executable, "train_mlp.py", *flags], cwd=ROOT, capture_output=True, text=True,
+                           env={**os.environ, **cache, **compiler}, timeout=300) for compiler in ({}, {"CXX": "/none"})]
+    if done[0].returncode:
+        pytest.skip("there is no compiler")
+    assert done[1].returncode == 2
+    assert [line for line in done[1].stderr.splitlines() if line.startswith("error: --compile does not work")]
+    assert run_names(tmp_path / "results") == ["mlp-s0"]
+
+
+# ---- Another device -------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("device", ["cuda", "mps"])
+def test_a_run_moves_to_a_machine_without_its_device(
+    device: str, stopped: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr("torch.cuda.is_available", lambda: False)
+    monkeypatch.setattr("torch.backends.mps.is_available", lambda: False)
+    edit_settings(stopped, device=device)
+    assert resume(stopped.parent, stopped.name, "--device", device) == 2  # not if it is asked for
+    assert f"no {device} device" in error_line(capsys)
+    assert resumes_to_the_same_end(stopped)
+    assert capsys.readouterr().err == f"warning: {stopped.name} continues with --device cpu instead of {device}: " \
+        "its result will differ in the last bits\n"
+    assert resume(stopped.parent, stopped.name) == 0
+    assert capsys.readouterr().err == ""  # a finished run does not move
+
+
+def test_threads_may_change_with_a_warning(stopped: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert resume(stopped.parent, stopped.name, "--threads", "2") == 0
+    assert "--threads 2 instead of 1" in capsys.readouterr().err
+    assert read_json(stopped / "result.json")["machine"]["threads"] == 2
+
+
+# ---- Closed streams, lost terminals, other packages, other systems --------------------------------------------------
+
+
+@linux_only
+@pytest.mark.parametrize("hangs_up", [True, pytest.param(False, marks=pytest.mark.slow)])  # False: as with nohup
+def test_a_lost_terminal_loses_no_training(hangs_up: bool, tmp_path: Path) -> None:
+    """The terminal hangs up, as when ssh is lost: writing to it fails from then on."""
+    flags = [word for word in TINY if word != "--quiet"]
+    words = [sys.executable, "train_mlp.py", *flags, "--epochs", "2000" if hangs_up else "40",
+             "--results-dir", str(tmp_path)]
+
+    def with_a_terminal() -> None:
+        import fcntl
+        import termios
+
+        os.setsid()
+        fcntl.ioctl(0, termios.TIOCSCTTY, 0)
+        signal.signal(signal.SIGHUP, signal.SIG_DFL if hangs_up else signal.SIG_IGN)
+
+    ours, theirs = os.openpty()
+    process = subprocess.Popen(words, cwd=ROOT, stdin=theirs, stdout=theirs, stderr=theirs, preexec_fn=with_a_terminal)
+    os.close(theirs)
+    assert wait_until((tmp_path / "mlp-s0" / "metrics.csv").exists, process)
+    os.close(ours)
+    assert process.wait(TIMEOUT) == (128 + signal.SIGHUP if hangs_up else 0)
+    assert (tmp_path / "mlp-s0" / CHECKPOINT).exists()
+    assert (tmp_path / "mlp-s0" / "result.json").exists() != hangs_up
+
+
+def test_our_packages_win_over_others(tmp_path: Path) -> None:
+    """Packages of the same names are earlier on the path, in the current folder, and installed."""
+    for name in ("data", "models", "common", "training", "utils", "evaluation", "tools"):
+        (tmp_path / name).mkdir()
+        (tmp_path / name / "__init__.py").write_text("raise SystemExit('the wrong package')")
+    script = str(ROOT / "train_mlp.py")
+    ways = [(tmp_path, [script], {}), (tmp_path, [script], {"PYTHONPATH": str(tmp_path)}),
+            (tmp_path, [script], {"PYTHONSAFEPATH": "1", "PYTHONPATH": f"{ROOT}{os.pathsep}{tmp_path}"}),
+            (ROOT, ["-m", "tools.explore"], {"PYTHONPATH": str(tmp_path)})]
+    processes = [subprocess.Popen([sys.executable, *words, "--help"], cwd=folder, env={**os.environ, **environment},
+                                  stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+                 for folder, words, environment in ways]
+    for process in processes:
+        output, errors = process.communicate(timeout=60)
+        assert (process.returncode, errors) == (0, "") and output.startswith("usage: ")
 
 
 @linux_only
@@ -420,7 +636,7 @@ def test_help_to_a_full_disk_and_a_closed_pipe(tmp_path: Path) -> None:
 @pytest.mark.slow
 def test_closed_streams_do_not_stop_a_training(tmp_path: Path) -> None:
     noisy = [word for word in TINY if word != "--quiet"]
-    done = subprocess.run(["sh", "-c", 'exec "$@" >&- 2>&-', "sh", sys.executable, "train_mlp.py", *noisy,
+    done = subprocess.run(["sh", "-c", 'exec "$@" <&- >&- 2>&-', "sh", sys.executable, "train_mlp.py", *noisy,
                            "--results-dir", str(tmp_path)], cwd=ROOT, timeout=60)
     assert done.returncode == 0
     assert (tmp_path / "mlp-s0" / "result.json").exists()

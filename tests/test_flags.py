@@ -11,7 +11,7 @@ import pytest
 import torch
 
 import train_mlp
-from common.command_line import exit_status
+from common.command_line import Parser, exit_status
 from common.errors import UserError
 from common.files import RESULTS_DIR
 from tests.helpers import (
@@ -83,6 +83,30 @@ def test_the_data_folder_flag_overrides_the_environment(monkeypatch: pytest.Monk
     assert Path(parse().settings.data_folder) == Path(train_mlp.__file__).parent / "data"
 
 
+def test_paths_are_absolute_and_home_is_expanded(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("HOME", str(tmp_path))
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "w.safetensors").touch()
+    for start in ("~/", "", f"{tmp_path}/"):
+        options = parse(f"--results-dir={start}runs", "--data-dir", f"{start}d", "--init-from", f"{start}w.safetensors")
+        assert options.results_dir == tmp_path / "runs"
+        assert options.settings.data_dir == options.given["data_dir"] == str(tmp_path / "d")
+        assert options.settings.init_from == str(tmp_path / "w.safetensors")
+
+
+@pytest.mark.parametrize("flag", ["--results-dir", "--data-dir", "--init-from"])
+def test_the_home_of_an_unknown_user_is_refused(flag: str) -> None:
+    with pytest.raises(UserError, match="unknown user"):
+        parse(flag, "~no-such-user/x")
+
+
+def test_without_a_data_dir_every_command_has_none() -> None:
+    """argparse converts a default that is text: it must not become the current folder."""
+    parser = Parser()
+    parser.add_data_dir()
+    assert not parser.parse_args([]).data_dir
+
+
 def test_flags_override_the_overfit_settings() -> None:
     settings = parse("--overfit-batch", "--lr", "0.5").settings
     assert settings.lr == 0.5
@@ -130,7 +154,7 @@ MISUSES = [
     "--seeds 1,2 --seed 3", "--seeds 1,2 --seed 0", "--seeds 3 --seed 3", "--seeds 0,1 --resume mlp-s0",
     "--seeds 0,1 --name x", "--seeds 0,1 --overfit-batch", "--resume mlp-s0 --name x",
     "--resume mlp-s0 --overfit-batch", "--name x --overfit-batch", "--loss mse-index", "--other-lr 0.1",
-    "--momentum 0.5", "--alternate --no-flip",
+    "--momentum 0.5", "--alternate --no-flip", "--init-from missing", "--init-from ../x", "--init-from .",
     # not usable as a folder name
     "--name ../x", "--name /tmp/x", "--name x/y", "--name ''", "--name .hidden", "--name -x", "--name=-x",
     "--name 'a b'", "--name published", "--name overfit_batch", "--name ..", f"--name {'x' * 200}",
@@ -251,6 +275,8 @@ CONFIG_DAMAGES: dict[str, Callable[[Path], object]] = {
     "out of range": lambda config: edit_settings(config.parent, epochs=0),
     "wrong type": lambda config: edit_settings(config.parent, epochs="ten"),
     "no settings": lambda config: config.write_text("{}"),
+    "no number of processes": lambda config: config.write_text(json.dumps(
+        {**json.loads(config.read_text()), "processes": "it's 2"})),
     "a list": lambda config: config.write_text("[]"),
     "truncated": lambda config: config.write_text(config.read_text()[:100]),
     "file missing": Path.unlink,

@@ -3,10 +3,14 @@
 All use synthetic images and a tiny network. All but two stay in this process.
 """
 
+import faulthandler
 import itertools
 import re
 import shlex
+import shutil
 import signal
+import subprocess
+import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -32,6 +36,7 @@ from tests.helpers import (
     read_json,
     resume,
     run_names,
+    run_script,
     same_weights,
     train_tiny,
 )
@@ -372,6 +377,213 @@ def test_the_command_after_a_signal_resumes_the_run(
     assert words[:4] == ["python", "train_mlp.py", "--resume", "mlp-s0"]
     assert exit_status(lambda: train_mlp.main([*words[2:], "--quiet"])) == 0
     assert (tmp_path / "mlp-s0" / "result.json").exists()
+
+
+def test_the_command_of_a_signal_works_from_anywhere(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    assert interrupted_after(monkeypatch, 3, lambda: train_tiny(Path("some runs"), "--epochs", "1")) == 130
+    (tmp_path / "other").mkdir()
+    monkeypatch.chdir(tmp_path / "other")
+    words = shlex.split(capsys.readouterr().out.splitlines()[-1].split("; resume with: ")[1])
+    assert words[:2] == ["python", train_mlp.__file__]
+    assert exit_status(lambda: train_mlp.main([*words[2:], "--quiet"])) == 0
+    words = shlex.split(capsys.readouterr().out.splitlines()[-1].split("test set: ")[1])
+    assert Path(words[1]).exists() and Path(words[-1]) == tmp_path / "some runs"
+
+
+def test_the_next_command_names_the_data_folder(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    settings = parse_command_line(SCRIPT, ["--data-dir", "my data"]).settings
+    with RunFolder.create(tmp_path, settings, None, SCRIPT, processes=1) as run:
+        run.finish(create_model("mlp", widths=(8,)), [dict.fromkeys(METRICS, 1.0)],
+                   {"val_acc": 1.0, "train_seconds": 1.0, "train_flops": 1, "images_per_second": 1.0})
+        run.print_result()
+    words = shlex.split(capsys.readouterr().out.splitlines()[-1].split("test set: ")[1])
+    assert words[words.index("--data-dir") + 1] == str(tmp_path / "my data")
+    assert read_json(tmp_path / "mlp-s0" / "config.json")["settings"]["data_dir"] == str(tmp_path / "my data")
+
+
+@pytest.mark.parametrize("form", ["mlp-s0", "mlp-s0/", "{runs}/mlp-s0", "{runs}/mlp-s0/", "{runs}/mlp-s0/config.json",
+                                  "mlp-s0/model.safetensors", "here/mlp-s0", "here/mlp-s0/loss.png", "~/mlp-s0/"])
+def test_a_run_is_named_as_a_shell_completes_it(
+    form: str, finished: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (tmp_path / "here").symlink_to(finished)
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("HOME", str(finished))
+    results_dir = tmp_path / "none" if form.startswith(("{", "here", "~")) else finished
+    assert resume(results_dir, form.format(runs=finished)) == 0
+    assert capsys.readouterr().out.startswith("mlp-s0 is finished")
+    assert run_names(tmp_path) == ["here"]
+
+
+def test_a_run_is_named_from_within_its_folder(
+    finished: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.chdir(finished / "mlp-s0")
+    for name in (".", "config.json"):
+        assert resume(tmp_path, name) == 0
+    monkeypatch.chdir(finished)
+    capsys.readouterr()
+    assert resume(tmp_path, ".") == 2
+    assert "config.json is missing" in error_line(capsys)
+
+
+# ---- Starting from weights ------------------------------------------------------------------------------------------
+
+SAME_NETWORK = ("--widths", "64,32", "--epochs", "1")
+
+
+@pytest.fixture
+def beside_finished(finished: Path, tmp_path: Path) -> Path:
+    """A results folder of the test's own, with the finished run in it."""
+    (tmp_path / "results").mkdir()
+    (tmp_path / "results" / "mlp-s0").symlink_to(finished / "mlp-s0")
+    return tmp_path / "results"
+
+
+def head(run: Path) -> Tensor:
+    return load_model(run / "model.safetensors").state_dict()["head.weight"]
+
+
+@pytest.mark.parametrize("form", ["mlp-s0", "{runs}/mlp-s0/", "{runs}/mlp-s0/model.safetensors", "mlp-s0/config.json"])
+def test_a_new_run_starts_from_the_weights_of_another(form: str, finished: Path, beside_finished: Path) -> None:
+    flags = ("--init-from", form.format(runs=finished), *SAME_NETWORK, "--lr", "1e-30", "--name", "new")
+    assert train_tiny(beside_finished, *flags) == 0
+    assert torch.equal(head(beside_finished / "new"), head(finished / "mlp-s0"))
+    source = Path(read_json(beside_finished / "new" / "config.json")["settings"]["init_from"])
+    assert source.is_absolute() and source.name == "model.safetensors"
+
+
+def test_the_refusal_of_a_finished_run_helps(beside_finished: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert resume(beside_finished, "mlp-s0", "--epochs", "1") == 2
+    advice = error_line(capsys).rpartition(", with ")[2].split()
+    assert advice == ["--init-from", "mlp-s0"]
+    assert train_tiny(beside_finished, *advice, *SAME_NETWORK) == 0
+    assert run_names(beside_finished) == ["mlp-s0", "mlp-s0-2"]
+    capsys.readouterr()
+    assert resume(beside_finished, "mlp-s0", "--widths", "8") == 2
+    assert "--init-from" not in error_line(capsys)  # they would not fit
+
+
+@pytest.mark.parametrize(("flags", "named"), [
+    (("--init-from", "mlp-s0", "--widths", "8"), "do not fit this network"),
+    (("--init-from", "mlp-s0/checkpoint.safetensors", "--widths", "64,32"), "checkpoint.safetensors"),
+    (("--init-from", "unfinished"), "is that run finished?"),
+    (("--init-from", "mlp-s0", "--resume", "mlp-s0"), "use one of them"),
+    (("--init-from", "mlp-s0", "--overfit-batch", "--batch-size", "64"), "no effect with --overfit-batch"),
+])
+def test_weights_that_cannot_be_used_start_no_run(
+    flags: tuple[str, ...], named: str, finished: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    monkeypatch.chdir(finished)
+    (tmp_path / "unfinished").mkdir()
+    overfit = [word for word in TINY if word not in ("--dropout", "0", "--mixup")]
+    start = (lambda: run_script(tmp_path, *overfit[:3], *flags)) if "--overfit-batch" in flags \
+        else (lambda: train_tiny(tmp_path, *flags))
+    assert start() == 2
+    assert named in error_line(capsys)
+    assert run_names(tmp_path) == ["unfinished"]
+
+
+def test_a_resumed_run_does_not_need_its_first_weights(
+    finished: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    weights = tmp_path / "first.safetensors"
+    weights.write_bytes((finished / "mlp-s0" / "model.safetensors").read_bytes())
+    flags = ("--init-from", str(weights), *SAME_NETWORK)
+    assert train_tiny(tmp_path, *flags, "--name", "whole") == 0
+    assert interrupted_after(monkeypatch, 3, lambda: train_tiny(tmp_path, *flags, "--name", "cut")) == 130
+
+    def crash() -> None:
+        raise Stop
+
+    with monkeypatch.context() as patch, pytest.raises(Stop):
+        after_step(patch, 2, crash)
+        train_tiny(tmp_path, *flags, "--name", "crashed")  # before its first checkpoint
+    weights.rename(tmp_path / "moved")
+    assert resume(tmp_path, "cut") == 0
+    assert same_weights(tmp_path / "cut", tmp_path / "whole")
+    capsys.readouterr()
+    assert resume(tmp_path, "crashed") == 2
+    assert str(weights) in error_line(capsys)
+    (tmp_path / "moved").rename(weights)
+    assert resume(tmp_path, "crashed") == 0
+    assert same_weights(tmp_path / "crashed", tmp_path / "whole")
+
+
+# ---- Signals and provenance -----------------------------------------------------------------------------------------
+
+
+@posix_only
+@pytest.mark.parametrize("name", ["SIGHUP", "SIGUSR1", "SIGTERM"])
+def test_every_request_to_stop_saves_a_checkpoint(
+    name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    number = getattr(signal, name)
+    before = signal.getsignal(number)
+
+    def request() -> None:
+        signal.raise_signal(number)
+        if name != "SIGTERM":
+            signal.raise_signal(number)  # a lost terminal sends several
+
+    with monkeypatch.context() as patch:
+        after_step(patch, 3, request)
+        assert train_tiny(tmp_path, "--epochs", "1") == 128 + number
+    assert capsys.readouterr().out.splitlines()[-1].startswith(f"{name}: checkpoint saved; resume with: ")
+    assert signal.getsignal(number) == before
+    assert resume(tmp_path, "mlp-s0") == 0
+
+
+@posix_only
+def test_an_ignored_hangup_stays_ignored(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    before = signal.signal(signal.SIGHUP, signal.SIG_IGN)  # as nohup does
+    faulthandler.register(signal.SIGUSR1, file=sys.__stderr__)  # a handler that is not Python's
+    try:
+        after_step(monkeypatch, 3, lambda: signal.raise_signal(signal.SIGHUP))
+        assert train_tiny(tmp_path, "--epochs", "1") == 0
+        assert signal.getsignal(signal.SIGHUP) is signal.SIG_IGN
+    finally:
+        signal.signal(signal.SIGHUP, before)
+        faulthandler.unregister(signal.SIGUSR1)
+
+
+def git(folder: Path, *words: str) -> None:
+    subprocess.run(["git", "-C", str(folder), "-c", "user.name=x", "-c", "user.email=x@example.org", *words],
+                   check=True, capture_output=True)
+
+
+@pytest.mark.skipif(shutil.which("git") is None, reason="needs git")
+def test_provenance_is_of_this_repository_or_null(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def facts() -> tuple[bool, bool | None]:
+        found = run_folder.provenance()
+        return found["git_commit"] is not None, found["git_changes"]
+
+    outer = tmp_path.resolve() / "outer"
+    ours = outer / "ours"
+    ours.mkdir(parents=True)
+    monkeypatch.setattr(run_folder, "ROOT", ours)
+    for folder, file in ((outer, "notes"), (ours, ".gitignore")):
+        assert facts() == (False, None)  # the second time, unpacked inside another repository
+        (folder / file).write_text("results\n")
+        git(folder, "init")
+        git(folder, "add", file)
+        git(folder, "commit", "-m", "x")
+    git(ours, "config", "status.showUntrackedFiles", "no")
+    monkeypatch.setenv("GIT_DIR", str(outer / ".git"))  # as in a hook
+    assert facts() == (True, False)
+    (ours / "results").touch()
+    assert facts() == (True, False)  # ignored
+    (ours / "new.py").touch()
+    assert facts() == (True, True)  # untracked source
+    monkeypatch.setenv("PATH", str(tmp_path))
+    assert facts() == (False, None)  # no git
 
 
 def test_a_checkpoint_of_another_network_is_refused(

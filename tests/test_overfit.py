@@ -172,13 +172,29 @@ def test_a_diverging_check_fails_without_a_crash(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("flags", ["--name x", "--resume x", "--seeds 0,1", "--loss hinge", "--label-smoothing 0.1",
-                                   "--crop 2", "--flip", "--mixup 0.2", "--precision bfloat16"])
+                                   "--crop 2", "--flip", "--mixup 0.2", "--precision bfloat16", "--compile"])
 def test_flags_without_effect_on_the_check_are_refused(
     flags: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     assert check(tmp_path, *flags.split()) == 2
     assert flags.split()[0] in error_line(capsys)
     assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.parametrize("broken", ["overfit_figure", "save_figure"])
+def test_a_figure_that_fails_does_not_lose_the_check(
+    broken: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def fail(*arguments: object) -> None:
+        raise RuntimeError("no\nfont")
+
+    monkeypatch.setattr(overfit, broken, fail)
+    assert check(tmp_path, "--loss", "cross-entropy") == 0
+    output, errors = capsys.readouterr()
+    assert "PASS" in output
+    folder = tmp_path / "overfit_batch" / "mlp"
+    assert errors == f"warning: {folder / 'overfit.png'} could not be drawn (no font)\n"
+    assert read_json(folder / "overfit.json")["losses"]["cross-entropy"]["passed"] is True
 
 
 @pytest.mark.parametrize("synthetic", [True, False])

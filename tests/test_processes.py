@@ -84,7 +84,8 @@ def test_a_run_records_its_number_of_processes(results_dir: Path) -> None:
 
 
 @pytest.mark.parametrize(("name", "processes", "advice"), [
-    ("two", 1, "torchrun --nproc_per_node=2"), ("one", 2, "with 1 processes, not 2: .* --nproc_per_node=1")])
+    ("two", 1, "torchrun --nproc_per_node=2 train_mlp.py --resume two"),
+    ("one", 2, "with 1 processes, not 2: resume it with python train_mlp.py --resume one")])
 def test_a_run_is_resumed_in_its_number_of_processes(
     name: str, processes: int, advice: str, results_dir: Path
 ) -> None:

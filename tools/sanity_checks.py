@@ -33,7 +33,7 @@ import train_cnn
 import train_mlp
 from common.command_line import Parser, exit_status
 from common.errors import Interrupted, UserError
-from common.plotting import BLUE, ORANGE, new_figure, save_figure
+from common.plotting import BLUE, ORANGE, new_figure, only_warning, save_figure
 from common.text import spaced
 from training.distributed import ALONE
 from training.hardware import choose_precision, prepare_device
@@ -406,7 +406,7 @@ def check_network(subject: Subject, results_dir: Path) -> bool:
         outcome = run_check(check, subject)
         passed.append(outcome.passed)
         print(f"{'PASS' if outcome.passed else 'FAIL'}  {name:<27} {outcome.number:<14} {outcome.expected}", flush=True)
-    with contextlib.suppress(UserError):  # a training that diverged has nothing to draw
+    with only_warning(folder / STRIP), contextlib.suppress(UserError):  # a diverged training has nothing to draw
         save_figure(film_strip(subject), folder / STRIP)
         print(f"predictions over time are drawn in {folder / STRIP}")
     print(f"{subject.name}: {sum(passed)} of {len(passed)} passed, {time.monotonic() - start:.0f} s", flush=True)

@@ -30,7 +30,7 @@ import train_mlp
 from common.command_line import Parser, exit_status
 from common.errors import Interrupted, UserError
 from common.files import lock
-from common.plotting import BLUE, ORANGE, new_figure, save_figure
+from common.plotting import BLUE, ORANGE, new_figure, only_warning, save_figure
 from training.distributed import ALONE
 from training.hardware import choose_precision, prepare_device
 from training.loop import new_model, train
@@ -311,9 +311,11 @@ def report(study: Any, search: Search, base: Settings, folder: Path) -> None:
         return
     shares = importances(study)
     title = f"recipe {base.recipe} (epochs: {base.epochs}, finished trials: {len(done)})"
-    save_figure(history_figure(study, title, synthetic=base.synthetic), folder / "history.png")
+    with only_warning(folder / "history.png"):
+        save_figure(history_figure(study, title, synthetic=base.synthetic), folder / "history.png")
     if shares:
-        save_figure(importance_figure(shares, title, synthetic=base.synthetic), folder / "importance.png")
+        with only_warning(folder / "importance.png"):
+            save_figure(importance_figure(shares, title, synthetic=base.synthetic), folder / "importance.png")
     print(summary(study, search, base, shares))
     print(f"journal and figures are in {folder}", flush=True)
 

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from common.command_line import Parser, integers
+from common.command_line import Parser, absolute_path, integers
 from common.errors import UserError
 from common.files import RESULTS_DIR, read_json
 from common.run_files import find_run
@@ -70,14 +70,14 @@ def _absolute_paths(settings: Settings, results_dir: Path) -> dict[str, Any]:
     """
     paths: dict[str, Any] = {}
     if settings.data_dir:
-        paths["data_dir"] = str(Path(os.path.expanduser(settings.data_dir)).absolute())
+        paths["data_dir"] = str(absolute_path(settings.data_dir))
     if settings.init_from:
-        weights = Path(os.path.expanduser(settings.init_from)).absolute()
-        if weights.suffix != ".safetensors":
-            weights = find_run(settings.init_from, results_dir) / "model.safetensors"
-        if not weights.is_file():
-            raise UserError(f"--init-from {settings.init_from}: there is no file {weights}; is that run finished?")
-        paths["init_from"] = str(weights)
+        file = absolute_path(settings.init_from)
+        if not os.path.isfile(file) or file.suffix != ".safetensors":
+            file = find_run(settings.init_from, results_dir) / "model.safetensors"
+        if not os.path.isfile(file):
+            raise UserError(f"--init-from {settings.init_from}: there is no file {file}; is that run finished?")
+        paths["init_from"] = str(file)
     return paths
 
 
@@ -131,6 +131,8 @@ def _cost_text(row: dict[str, Any]) -> str:
 
 def _refuse_without_effect(options: Options) -> None:
     """Raise UserError if another flag or setting keeps a given flag from having any effect."""
+    if options.resume and options.settings.init_from:
+        raise UserError("--init-from has no effect with --resume, which takes the run's own weights: use one of them")
     if options.loss and not options.overfit_batch:
         raise UserError("--loss has no effect without --overfit-batch")
     for f in dataclasses.fields(options.settings):

@@ -47,14 +47,15 @@ def require_memory(build: Callable[[], nn.Module], device: str) -> None:
                         f"has {available / 2**30:,.0f}: try a smaller one, for example with smaller --widths")
 
 
-def require_compiler() -> None:
-    """Raise UserError if torch.compile does not work on this machine."""
+def require_compiler(device: str) -> None:
+    """Raise UserError if torch.compile does not work on this device."""
+    size = 2 + time.time_ns() % 10**6  # none that an earlier process has compiled: PyTorch keeps the results
     try:
-        torch.compile(torch.sin)(torch.ones(2))
+        torch.compile(torch.sin)(torch.ones(size, device=device, requires_grad=True)).sum().backward()
     except Exception as error:  # of many types, most with a page of text
-        reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
+        reason = next(iter(str(error).split("\n")), "")[:200] or type(error).__name__
         raise UserError(f"--compile does not work on this machine ({reason}): install a C++ compiler, "
-                        "or train without --compile") from error
+                        "or use --no-compile") from error
 
 
 def _total_memory(device: str) -> int | None:
@@ -62,9 +63,10 @@ def _total_memory(device: str) -> int | None:
     if device == "cuda":
         return torch.cuda.mem_get_info()[1]
     try:
-        return os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
+        pages, size = os.sysconf("SC_PHYS_PAGES"), os.sysconf("SC_PAGE_SIZE")
     except (AttributeError, ValueError, OSError):  # Windows
         return None
+    return pages * size if min(pages, size) > 0 else None  # -1: unknown
 
 
 def choose_precision(model: nn.Module, split: Split, settings: Settings, processes: Processes) -> Settings:
@@ -143,7 +145,8 @@ def _processor_name(device: str) -> str:
     command = ["sysctl", "-n", "machdep.cpu.brand_string"] if sys.platform == "darwin" else ["lscpu"]
     try:
         environment = {**os.environ, "LC_ALL": "C"}
-        output = subprocess.run(command, capture_output=True, text=True, timeout=10, env=environment).stdout
+        output = subprocess.run(command, capture_output=True, text=True, timeout=10, env=environment,
+                                errors="replace").stdout
     except (OSError, subprocess.TimeoutExpired):
         output = ""
     lines = [line.removeprefix("Model name:").strip() for line in map(str.strip, output.splitlines())

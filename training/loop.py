@@ -21,6 +21,7 @@ from torch.optim.swa_utils import update_bn
 from torch.utils.flop_counter import FlopCounterMode
 from tqdm import tqdm
 
+from common.command_line import say
 from common.errors import Interrupted, UserError
 from models import load_model
 from models.layers import set_side
@@ -43,9 +44,9 @@ LossFunction = Callable[[Tensor, Tensor], Tensor]
 def print_epoch(row: dict[str, Any], settings: Settings) -> None:
     """One line per epoch, above the progress bar."""
     val = "" if row["val_acc"] is None else f", val loss {row['val_loss']:.3f}, val acc {row['val_acc']:.2f}%"
-    tqdm.write(f"epoch {row['epoch']:>3}/{settings.epochs}: train loss {row['train_loss']:.3f}, "
-               f"train acc {row['train_acc']:.2f}%{val}, {row['seconds']:.1f} s", file=sys.stdout)
-    sys.stdout.flush()
+    with tqdm.external_write_mode(sys.stdout):
+        say(f"epoch {row['epoch']:>3}/{settings.epochs}: train loss {row['train_loss']:.3f}, "
+            f"train acc {row['train_acc']:.2f}%{val}, {row['seconds']:.1f} s")
 
 
 def train(
@@ -78,8 +79,6 @@ def train(
 
         # Restore. Nothing else needs to be: random numbers and learning rates follow from the step's number.
         saved = processes.from_first(run.load_checkpoint())
-        if saved is None and settings.init_from:
-            load_weights(model, settings.init_from)
         progress = Progress() if saved is None else restore(saved, model, optimizers, run.name, settings.epochs)
         loss_sum = torch.tensor(progress.loss, dtype=torch.float32, device=device)  # reading it waits for the device
         correct_sum = torch.tensor(progress.correct, device=device)
@@ -187,17 +186,20 @@ def loss_of(settings: Settings) -> LossFunction:
 
 
 def new_model(script: Script, settings: Settings, split: Split, num_outputs: int | None = None) -> nn.Module:
-    """The network of `settings` with the initial weights of its seed, fitted and placed by `fit_and_place`.
+    """The network of `settings`, placed by `fit_and_place`, with the initial weights of its seed or of `--init-from`.
 
-    num_outputs: one per class of `split` by default. Raises UserError if this machine does not have the memory to train
-    it.
+    num_outputs: one per class of `split` by default. Raises UserError if this machine cannot train it, or if the
+    weights are those of another network.
     """
     outputs = len(split.fine_names) if num_outputs is None else num_outputs
     require_memory(lambda: script.build_model(settings, outputs), settings.device)
     if settings.compile:
-        require_compiler()
+        require_compiler(settings.device)
     torch.manual_seed(derived_seed("init", settings.seed))
-    return fit_and_place(script.build_model(settings, outputs), split, settings)
+    model = fit_and_place(script.build_model(settings, outputs), split, settings)
+    if settings.init_from:
+        load_weights(model, settings.init_from)
+    return model
 
 
 def fit_and_place(model: Any, split: Split, settings: Settings) -> nn.Module:
@@ -319,27 +321,28 @@ def show_progress(bar: tqdm, progress: Progress, settings: Settings) -> None:
 
 
 class StopRequest:
-    """While the block lasts, a first signal of STOP_SIGNALS only sets `signal`; a second one is handled as usual."""
+    """While the block lasts, a first signal of STOP_SIGNALS only sets `signal`.
+
+    A SIGINT or SIGTERM after it acts as it always does. The other two are notices, not demands, and a lost terminal
+    sends several: more of them change nothing. A signal that is ignored, as with nohup, or that is not Python's stays
+    as it is.
+    """
 
     def __enter__(self) -> "StopRequest":
         self.signal = 0
         numbers = [getattr(signal, name) for name in STOP_SIGNALS if hasattr(signal, name)]
-        self._before = {number: signal.signal(number, self._note) for number in numbers
-                        if not _ignored_hangup(number)}
+        taken = [number for number in numbers if number == signal.SIGINT
+                 or signal.getsignal(number) not in (signal.SIG_IGN, None)]
+        self._before = {number: signal.signal(number, self._note) for number in taken}
         return self
 
     def _note(self, number: int, frame: object) -> None:
-        self.signal = number
-        self._restore()
+        self.signal = self.signal or number
+        self._restore(signal.SIGINT, signal.SIGTERM)
 
-    def _restore(self) -> None:
-        for number, handler in self._before.items():
-            signal.signal(number, handler)
+    def _restore(self, *numbers: int) -> None:
+        for number in self._before.keys() & numbers:
+            signal.signal(number, self._before[number])
 
     def __exit__(self, *exception: object) -> None:
-        self._restore()
-
-
-def _ignored_hangup(number: int) -> bool:
-    """Whether the signal is a hangup that the shell has this process ignore, as nohup does."""
-    return number != signal.SIGINT and signal.getsignal(number) is signal.SIG_IGN
+        self._restore(*self._before)

@@ -14,7 +14,7 @@ from tqdm import tqdm
 from common.command_line import launched
 from common.errors import UserError
 from common.files import write_csv, write_json
-from common.plotting import drawn, new_figure, save_figure
+from common.plotting import new_figure, only_warning, save_figure
 from common.text import overfit_table
 from training.flags import Options
 from training.hardware import prepare_device
@@ -71,7 +71,8 @@ def overfit_batch(script: Script, options: Options) -> int:
     curves = zip(*(outcome.curve for outcome in outcomes.values()), strict=True)
     write_csv(folder / "curves.csv", ["step", *outcomes],
               ([step, *(f"{value:.6g}" for value in values)] for step, values in enumerate(curves)))
-    drawn(lambda: save_figure(overfit_figure(outcomes, settings), folder / "overfit.png"), folder / "overfit.png")
+    with only_warning(folder / "overfit.png"):
+        save_figure(overfit_figure(outcomes, settings), folder / "overfit.png")
     print(overfit_table(summaries))
     print(f"figure, curves and numbers are in {folder}")
     return 0 if outcomes["cross-entropy"].passed else 1

@@ -7,9 +7,11 @@ import dataclasses
 import errno
 import itertools
 import json
+import math
 import os
 import platform
 import re
+import shlex
 import shutil
 import subprocess
 import time
@@ -23,7 +25,7 @@ from common.command_line import next_command
 from common.devices import is_available
 from common.errors import UserError, warn
 from common.files import PARTIAL, ROOT, flush_to_disk, lock, read_json, replacing, write_csv, write_json
-from common.plotting import BLUE, ORANGE, drawn, new_figure, save_figure
+from common.plotting import BLUE, ORANGE, new_figure, only_warning, save_figure
 from common.run_files import METRICS, RESERVED, find_run
 from common.text import flops_text
 from models import save_model
@@ -79,8 +81,8 @@ class RunFolder(Run):
         self.previous_path = folder / "checkpoint-previous.safetensors"
         self.weights_path = folder / "model.safetensors"
         self.result_path = folder / "result.json"
-        self._last_plot, self._plots = -PLOT_EVERY, True
-        resume_command = next_command(f"{script.launcher(processes)} --resume {folder.name}", folder.parent)
+        self._last_plot = -PLOT_EVERY
+        resume_command = _resume_command(script, processes, folder)
         super().__init__(folder.name, settings, resume_command=resume_command, finished=self.result_path.exists())
         if not self.finished:  # a training that was killed while writing leaves partial files behind
             for partial in folder.glob(f".*{PARTIAL}"):
@@ -113,36 +115,59 @@ class RunFolder(Run):
         if folder is None:
             raise UserError(f"the run {results_dir / str(name)} exists: choose another --name, or resume it with "
                             f"--resume {name}")
-        return cls(folder, settings, script, processes)
+        try:
+            return cls(folder, settings, script, processes)
+        except UserError as error:
+            if isinstance(error.__cause__, OSError):  # it cannot be locked: leave no folder behind, attempt by attempt
+                shutil.rmtree(folder, ignore_errors=True)
+            raise
 
     @classmethod
     def resume(cls, results_dir: Path, name: str, given: dict[str, Any], script: Script, processes: int) -> "RunFolder":
-        """The run `name` with the settings that it was started with; flags in `given` must not contradict them.
+        """The run `name` (see `find_run`) with its settings; flags in `given` must not contradict them.
 
         Raises UserError if they do, if it was started with another number of processes, if there is no such run, if
         another process has it, or if its config is damaged.
         """
         folder = find_run(name, results_dir)
-        if not folder.is_dir():
+        if not os.path.isdir(folder):
             raise UserError(f"there is no run {folder} to resume")
         name = folder.name
         config = read_json(folder / "config.json")
         if not isinstance(config, dict) or not isinstance(config.get("settings"), dict):
             raise UserError(f"{folder / 'config.json'} has no settings; was it edited?")
         before = config.get("processes", 1)
+        if type(before) is not int:
+            raise UserError(f"{folder / 'config.json'} has no number of processes; was it edited?")
         if before != processes:
             raise UserError(f"the run {name} was started with {before} processes, not {processes}: "
-                            f"resume it with torchrun --nproc_per_node={before}")
+                            f"resume it with {_resume_command(script, before, folder)}")
         settings = script.settings_class.from_config(config["settings"])
         may_differ = {f.name for f in dataclasses.fields(settings) if f.metadata["resumable"]}
         for setting_name, value in given.items():
             was = getattr(settings, setting_name)
             if setting_name not in may_differ and value not in (was, "auto"):
+                finished, fits = (folder / "model.safetensors").exists(), hasattr(Settings, setting_name)
                 raise UserError(f"the run {name} was started with {flag_of(setting_name)} {show(was)}, not "
-                                f"{show(value)}: resume it without that flag, or start a new run from its weights "
-                                f"with --init-from {name}")
+                                f"{show(value)}: resume it without that flag, or start a new run"
+                                + (f" from its weights, with --init-from {name}" if finished and fits else ""))
         changes = {setting_name: value for setting_name, value in given.items() if setting_name in may_differ}
-        return cls(folder, _moved_here(settings, changes, name), script, processes)
+        run = cls(folder, settings, script, processes)
+        run._move_here(changes)
+        return run
+
+    def _move_here(self, changes: dict[str, Any]) -> None:
+        """Continue on this machine, with these `changes`; warns if that affects the bits of the result."""
+        before = self.settings
+        device = before.device if is_available(before.device) else "auto"
+        started = self.checkpoint_path.exists() or self.previous_path.exists()
+        init_from = "" if started else before.init_from  # a checkpoint holds the weights: those are not needed any more
+        self.settings = prepare_device(
+            dataclasses.replace(before, **{"device": device, "init_from": init_from, **changes}))
+        moved = [f"{flag_of(name)} {show(new)} instead of {show(old)}" for name in ("device", "threads", "compile")
+                 if (new := getattr(self.settings, name)) != (old := getattr(before, name))]
+        if moved and not self.finished:
+            warn(f"{self.name} continues with {', '.join(moved)}: its result will differ in the last bits")
 
     def save_checkpoint(self, model: nn.Module, optimizers: Optimizers, progress: Progress) -> None:
         """Write a checkpoint and keep the one before it."""
@@ -193,15 +218,17 @@ class RunFolder(Run):
             self._plot(rows)
 
     def _plot(self, rows: list[dict[str, Any]]) -> None:
-        """Draw `loss.png`, until that fails: a figure must not end a training."""
-        self._last_plot, path = time.monotonic(), self.folder / "loss.png"
-        self._plots = self._plots and drawn(lambda: save_figure(
-            learning_curves(rows, self.name, synthetic=self.settings.synthetic), path), path)
+        """Draw `loss.png`; if that fails, once."""
+        self._last_plot = math.inf
+        with only_warning(self.folder / "loss.png"):
+            save_figure(learning_curves(rows, self.name, synthetic=self.settings.synthetic), self.folder / "loss.png")
+            self._last_plot = time.monotonic()
 
     def finish(self, model: nn.Module, rows: list[dict[str, Any]], result: dict[str, Any]) -> None:
         """Put the last figure, the weights and, as the last thing, the result in place."""
         self.log(rows)
-        self._plot(rows)
+        if self._last_plot < math.inf:
+            self._plot(rows)
         with replacing(self.weights_path) as partial:
             save_model(model, partial)
         self.previous_path.unlink(missing_ok=True)
@@ -216,7 +243,10 @@ class RunFolder(Run):
 
     def print_result(self) -> None:
         """Say what the finished run reached, and the next command. Raises UserError if result.json is damaged."""
-        result = read_json(self.result_path)
+        result, data_dir = read_json(self.result_path), self.settings.data_dir
+        evaluate = f"python evaluate.py {shlex.quote(self.name)}"
+        if data_dir and not self.settings.synthetic:
+            evaluate += f" --data-dir {shlex.quote(data_dir)}"
         try:
             accuracy = "no validation accuracy, since it was trained on all images" if result["val_acc"] is None \
                 else f"validation accuracy {result['val_acc']:.2f}%"
@@ -225,21 +255,11 @@ class RunFolder(Run):
         except (KeyError, TypeError, ValueError) as error:
             raise UserError(f"{self.result_path} is damaged; was it edited?") from error
         print(f"{self.name} is finished: {accuracy}; {cost}\n"
-              f"measure it on the test set: {next_command(f'python evaluate.py {self.name}', self.folder.parent)}",
-              flush=True)
+              f"measure it on the test set: {next_command(evaluate, self.folder.parent)}", flush=True)
 
 
-def _moved_here(settings: Settings, changes: dict[str, Any], name: str) -> Settings:
-    """The settings of a run to resume, on a device of this machine; warns if that changes the bits of its result."""
-    before = settings.device, settings.threads
-    settings = dataclasses.replace(settings, **changes)
-    if not is_available(settings.device):
-        settings = dataclasses.replace(settings, device="auto")
-    settings = prepare_device(settings)
-    if (settings.device, settings.threads) != before:
-        warn(f"{name} was started on {before[0]} with {before[1]} threads and continues on {settings.device} with "
-             f"{settings.threads}: its result will differ in the last bits")
-    return settings
+def _resume_command(script: Script, processes: int, folder: Path) -> str:
+    return next_command(f"{script.launcher(processes)} --resume {shlex.quote(folder.name)}", folder.parent)
 
 
 def create_run(script: Script, options: Options, settings: Settings, processes: Processes) -> Run:
@@ -291,15 +311,15 @@ def provenance() -> dict[str, Any]:
 
     def git(*words: str) -> str | None:
         try:
-            done = subprocess.run(["git", "-C", str(ROOT), *words], capture_output=True, text=True, timeout=10,
-                                  env=environment, errors="replace")
+            done = subprocess.run(["git", "--no-optional-locks", "-C", str(ROOT), *words], capture_output=True,
+                                  text=True, timeout=10, env=environment, errors="surrogateescape")
         except (OSError, subprocess.TimeoutExpired):
             return None
         return done.stdout.strip() if done.returncode == 0 else None
 
     top = git("rev-parse", "--show-toplevel")
     own = top is not None and Path(top).resolve() == ROOT  # not a repository that this folder happens to lie in
-    status = git("status", "--porcelain") if own else None
+    status = git("status", "--porcelain", "--untracked-files=normal") if own else None  # whatever git's config says
     return {
         "started": time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime()),
         "git_commit": git("rev-parse", "HEAD") if own else None,

@@ -27,7 +27,7 @@ def setting(default: Any, help: str, *, low: float | None = None, above: float |
             machine: bool = False, one_batch: bool = True, needs: dict[str, tuple[Any, ...]] | None = None) -> Any:
     """A field of Settings. The bounds `low` and `high` are inclusive, `above` is exclusive.
 
-    resumable: may change when a run is resumed, because it does not affect the weights.
+    resumable: may change when a run is resumed, because it affects at most the last bits of the result.
     machine: describes the machine and is not part of a recipe.
     one_batch: has an effect on the single-batch overfit check.
     needs: the values of other settings with which this one has an effect.
@@ -78,7 +78,8 @@ class Settings:
     # Data and seed.
     seed: int = setting(0, "seed of initial weights, image order, augmentation and dropout", low=0,
                         high=2**63 - 1)
-    init_from: str = setting("", "start a new run from the weights of this run or weights file", one_batch=False)
+    init_from: str = setting("", "start a new run from the weights of this finished run or weights file",
+                             resumable=True, one_batch=False)  # a checkpoint has its own weights
     train_on_all: bool = setting(False, "train on all 50,000 training images, including the validation set")
     synthetic: bool = setting(False, "use procedurally drawn images instead of CIFAR-100")
 
