@@ -182,5 +182,5 @@ def _run(main: Callable[[], int]) -> int:
         print("stopped", file=sys.stderr)
         return 128 + signal.SIGINT
     source = "error" if count == 1 or rank == 0 else f"error in process {rank} of {count}"
-    print(f"{source}: " + " ".join(message.split()), file=sys.stderr)
+    sys.stderr.write(f"{source}: {' '.join(message.split())}\n")  # at once: other processes write there too
     return 2

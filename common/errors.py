@@ -34,4 +34,5 @@ def reason(error: OSError) -> str:
 def warn(message: str) -> None:
     """Print one line on stderr about something that does not stop the command."""
     with suppress(OSError):  # nor does a stderr that is gone
-        print("warning: " + " ".join(message.split()), file=sys.stderr, flush=True)
+        sys.stderr.write(f"warning: {' '.join(message.split())}\n")
+        sys.stderr.flush()

@@ -18,6 +18,7 @@ from contextlib import chdir, redirect_stderr, redirect_stdout
 from pathlib import Path
 from typing import Any
 
+import matplotlib.font_manager
 import pytest
 import torch
 from hypothesis import HealthCheck, given, settings
@@ -170,6 +171,7 @@ def save_no_figure(figure: Any, path: Path) -> None:
 @pytest.fixture(scope="module", autouse=True)
 def small_world(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
     """A folder with a finished run of each script and files that no command may change; a hundred images per split."""
+    matplotlib.font_manager.get_font_names()  # writes its cache now, before writes are watched
     home = tmp_path_factory.mktemp("world") / "home"
     (home / "folder").mkdir(parents=True)
     Image.new("RGB", (40, 30), "red").save(home / "image.png")
