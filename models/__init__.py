@@ -4,13 +4,14 @@ A network takes images, float32 [N, 3, H, W] in [0, 1], and returns logits, [N, 
 itself; `fit_inputs(images)` fits that to training images. Nothing here knows a dataset or how to train.
 
 To add a network, write it in a file of its own, import it below and give it a line in `_MODELS`. Its arguments need
-defaults and must be JSON values, since the weights file holds them; `num_classes` is one of them.
+defaults and must be JSON values, since the weights file holds them; `num_classes` is one of them. Imports between the
+networks are relative: hubconf.py imports this package under another name, since many programs have their own `models`.
 """
 
 import inspect
 import json
 import warnings
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -21,10 +22,10 @@ from safetensors.torch import save
 from torch import Tensor, nn
 from torch.nn.modules.module import register_module_parameter_registration_hook
 
-from models.convnet import ConvNet
-from models.mlp import MLP
-from models.original import OriginalCNN
-from models.resnet import resnet18
+from .convnet import ConvNet
+from .mlp import MLP
+from .original import OriginalCNN
+from .resnet import resnet18
 
 _MODELS: dict[str, Callable[..., nn.Module]] = {
     "mlp": MLP,
@@ -35,6 +36,7 @@ _MODELS: dict[str, Callable[..., nn.Module]] = {
 MAX_HEADER_BYTES = 2**24  # of a safetensors file: the library unpacks a header to 20 times its size
 MAX_TENSORS = 10_000  # in a file; a ResNet of 1,000 layers has 6,000
 MAX_SIDE = 64  # of the images in a network: memory grows with its square, and no weight's shape depends on it
+MAX_TEMPERATURE = 1000.0  # of a calibration, and the inverse of its minimum; beyond, probabilities lose their meaning
 MAX_MESSAGE = 500  # characters, since a message may quote the file
 
 
@@ -51,7 +53,10 @@ def list_models() -> list[str]:
 
 
 def create_model(name: str, **kwargs: Any) -> nn.Module:
-    """A new model with random weights. Raises WeightsError for an unknown name or unknown arguments."""
+    """A new model with random weights: not calibrated (`temperature` 1), and without names of its `classes`.
+
+    Raises WeightsError for an unknown name or unknown arguments.
+    """
     if name not in _MODELS:
         raise WeightsError(f"there is no model {name!r}; there are: {', '.join(list_models())}")
     try:
@@ -61,6 +66,7 @@ def create_model(name: str, **kwargs: Any) -> nn.Module:
     except (TypeError, ValueError) as error:
         raise WeightsError(f"the model {name} cannot be created with {kwargs}: {error}") from error
     model.model_name, model.model_args = name, dict(arguments.arguments)
+    model.temperature, model.classes = 1.0, ()
     return model
 
 
@@ -69,25 +75,43 @@ def save_model(model: nn.Module, path: str | Path) -> None:
     tensors = {name: (tensor.half() if tensor.is_floating_point() else tensor).cpu().contiguous()
                for name, tensor in model.state_dict().items()}
     metadata = {"model": str(model.model_name), "model_args": json.dumps(model.model_args)}
-    Path(path).write_bytes(_with_sorted_header(save(tensors, metadata)))
+    Path(path).write_bytes(_with_metadata(save(tensors, metadata), {}))
 
 
-def _with_sorted_header(content: bytes) -> bytes:
-    """The same safetensors file with sorted keys in its header.
+def labeled(path: str | Path, *, temperature: float | None = None, classes: Sequence[str] = ()) -> bytes:
+    """The content of the weights file `path` with this temperature and these class names in place of its own, if any.
+
+    By default, it has neither, as after training: the same bytes as `save_model` wrote. Raises WeightsError if the
+    file is missing or has no readable header.
+    """
+    labels = {"temperature": None if temperature is None else str(temperature), "classes": " ".join(classes) or None}
+    try:
+        return _with_metadata(Path(path).read_bytes(), labels)
+    except (AttributeError, OSError, RecursionError, TypeError, ValueError) as error:
+        raise WeightsError(f"{path} cannot be read as a weights file: {error}") from error
+
+
+def _with_metadata(content: bytes, changes: dict[str, str | None]) -> bytes:
+    """A safetensors file with these entries in its metadata, None for no entry, and sorted keys in its header.
 
     The library writes the metadata in random order, but equal weights must give equal files.
     """
     end = 8 + int.from_bytes(content[:8], "little")
-    header = json.dumps(json.loads(content[8:end]), sort_keys=True, separators=(",", ":")).encode()
-    return content[:8] + header.ljust(end - 8) + content[end:]
+    header = json.loads(content[8:end])
+    metadata = {**header.get("__metadata__", {}), **changes}
+    header["__metadata__"] = {key: value for key, value in metadata.items() if value is not None}
+    text = json.dumps(header, sort_keys=True, separators=(",", ":")).encode()
+    text += b" " * (-len(text) % 8)  # as the library aligns the tensors
+    return len(text).to_bytes(8, "little") + text + content[end:]
 
 
 def load_model(path: str | Path, device: torch.device | str = "cpu") -> nn.Module:
     """Load the model in a file of `save_model`, in float32 and evaluation mode.
 
     The file may be untrusted: nothing in it is executed, no layer is built whose weights it lacks, and the model has
-    classified one image before it is returned. Raises WeightsError if the file is missing, damaged, or does not hold
-    the model that its metadata names.
+    classified one image before it is returned. Its `classes` are the names of the classes, () if the file has none,
+    and `(logits / model.temperature).softmax(1)` are its calibrated probabilities; 1 means that it is not calibrated.
+    Raises WeightsError if the file is missing, damaged, or does not hold the model that its metadata names.
     """
     tensors, metadata = _read_tensors(path)
     try:
@@ -101,6 +125,7 @@ def load_model(path: str | Path, device: torch.device | str = "cpu") -> nn.Modul
                                for name, tensor in tensors.items()}, assign=True)
         with torch.no_grad():
             model.eval()(torch.zeros(1, 3, 32, 32))
+        model.temperature, model.classes = _read_labels(metadata, model.model_args["num_classes"])
     except Exception as error:  # PyTorch raises nearly anything for odd arguments
         raise WeightsError(f"{path} does not hold the weights of a known model: {error}") from error
     return model.to(device)
@@ -122,6 +147,16 @@ def _read_tensors(path: str | Path) -> tuple[dict[str, Tensor], dict[str, str]]:
             return {name: opened.get_tensor(name) for name in names}, opened.metadata() or {}
     except Exception as error:  # safetensors raises types that its documentation does not list
         raise WeightsError(f"{path} cannot be read as a weights file: {error}") from error
+
+
+def _read_labels(metadata: dict[str, str], num_classes: int) -> tuple[float, tuple[str, ...]]:
+    """The temperature and the class names in a file's metadata; 1 and () if it has none. Raises ValueError."""
+    temperature, classes = float(metadata.get("temperature", "1")), tuple(metadata.get("classes", "").split())
+    if not 1 / MAX_TEMPERATURE <= temperature <= MAX_TEMPERATURE:
+        raise ValueError(f"its temperature {temperature} is not between {1 / MAX_TEMPERATURE} and {MAX_TEMPERATURE}")
+    if classes and (not len(classes) == len(set(classes)) == num_classes or not "".join(classes).isprintable()):
+        raise ValueError(f"it does not name {num_classes} different classes")
+    return temperature, classes
 
 
 @contextmanager

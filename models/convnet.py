@@ -6,7 +6,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from models.layers import Resize
+from .layers import Resize
 
 WHITENING_SAMPLE = 5000  # images, each with hundreds of 2x2 patches
 WHITENING_EPSILON = 5e-4  # added to each variance, so that directions of pure noise are not amplified

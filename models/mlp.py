@@ -4,7 +4,7 @@ from collections.abc import Sequence
 
 from torch import Tensor, nn
 
-from models.layers import Normalize
+from .layers import Normalize
 
 
 class MLP(nn.Module):

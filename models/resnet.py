@@ -5,7 +5,7 @@ import itertools
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from models.layers import Normalize, Resize
+from .layers import Normalize, Resize
 
 
 class ResNet(nn.Module):
