@@ -3,11 +3,13 @@
     python evaluate.py                        # all runs with weights: print a table, and update results.json and the
                                               # tables in README.md and docs/
     python evaluate.py mlp-s0                 # only these runs; updates nothing
+    python evaluate.py --wide                 # the table with cross-entropy, near-duplicates left out, parameters
     python evaluate.py fast-s0 --tta flip     # adds a line with predictions averaged over mirror images
     python evaluate.py --ensemble fast-s0 fast-s1 fast-s2    # adds a line for the mean of their probabilities
     python evaluate.py --compare fast-s0 mlp-s0    # is one better than the other, or is it chance?
     python evaluate.py --publish mlp-s0       # copy a finished run to results/published/, then measure all runs
-    python evaluate.py --calibrate fast-s0    # publish the validation logits of a run that was trained on 45,000 images
+    python evaluate.py --calibrate fast-s0    # publish the validation logits of a run that was trained on 45,000 images,
+                                              # and write the temperature that they give into the published weights
     python evaluate.py --figures              # draw the published runs into docs/figures/
     python evaluate.py --report               # write results/report.html, a self-contained page
     python evaluate.py --check                # change nothing; exit 1 if a published number does not hold
@@ -46,7 +48,7 @@ from evaluation.metrics import (
     confusion_matrix,
     softmax,
 )
-from evaluation.publish import publish, publish_calibration, publish_overfit
+from evaluation.publish import label_weights, publish, publish_calibration, publish_overfit
 from evaluation.tables import by_recipe, comparison, ensemble_table, minutes, run_table
 from utils import default_data_dir
 
@@ -79,9 +81,10 @@ def main(argv: list[str] | None = None) -> int:
             raise UserError(f"{a.label} and {b.label} were trained on different datasets: they cannot be compared")
         print(comparison(a, b, test_set(a.synthetic)))
     elif options.ensemble:
-        print(ensemble_table(_chosen(options.ensemble, results_dir), test_set))
+        print(ensemble_table(_chosen(options.ensemble, results_dir), test_set, wide=options.wide))
     elif options.calibrate:
-        print(f"published: {publish_calibration(own_names[0], results_dir, options.data_dir, device)}")
+        target = publish_calibration(own_names[0], results_dir, options.data_dir, device)
+        print("\n".join([f"published: {target}", *label_weights(results_dir)]))
     elif options.figures is not None:
         _write_figures(*_subject(options.figures, published, test_set, results_dir))
     elif options.report is not None:
@@ -92,7 +95,7 @@ def main(argv: list[str] | None = None) -> int:
             target = publish_overfit(name, results_dir) if is_overfit else publish(name, results_dir, test_set(False))
             print(f"published: {target}")
         runs = _chosen(options.runs, results_dir)
-        print(run_table(runs, test_set, strict=bool(options.runs), flip=options.tta == "flip"))
+        print(run_table(runs, test_set, strict=bool(options.runs), flip=options.tta == "flip", wide=options.wide))
         if any(run.published for run in runs) and not options.runs and results_dir == RESULTS_DIR:
             _update(published())
     return 0
@@ -115,6 +118,7 @@ def _parse(argv: list[str] | None) -> argparse.Namespace:
                         help="write results/report.html; of one of your runs alone, report.html in its folder")
     one_of.add_argument("--check", action="store_true",
                         help="change nothing; exit 1 if a published number does not hold")
+    parser.add_argument("--wide", action="store_true", help="print the table with all columns: over 100 characters")
     parser.add_argument("--tta", choices=("flip",), help="measure the named runs with averaged predictions too")
     parser.add_device("where networks compute logits that are not saved yet (default: auto)")
     parser.add_data_dir()
@@ -123,6 +127,10 @@ def _parse(argv: list[str] | None) -> argparse.Namespace:
     options.data_dir = options.data_dir or default_data_dir()
     if options.tta and not options.runs:
         raise UserError("--tta needs the names of the runs to measure")
+    without_table = ("check", "compare", "calibrate", "figures", "report")
+    chosen = next((name for name in without_table if getattr(options, name) not in (None, False, [])), None)
+    if options.wide and chosen:
+        raise UserError(f"--wide has no effect with --{chosen}")
     return options
 
 
@@ -152,10 +160,10 @@ def _chosen(names: list[str], results_dir: Path) -> list[FinishedRun]:
 
 
 def _update(published: Published) -> None:
-    """Write results.json and every block of README.md and docs/, and print what could not be written."""
+    """Write results.json, the weights' labels and every block of README.md and docs/; print what could not be written."""
     write_json(published.results_dir / "results.json", published.rows)
-    problems = renew_blocks(published, ROOT)
-    exception = ", except for these blocks" if problems else ""
+    problems = [*label_weights(published.results_dir), *renew_blocks(published, ROOT)]
+    exception = ", except for these" if problems else ""
     print("\n".join([*problems, f"README.md, docs/ and results/results.json are up to date{exception}"]))
 
 

@@ -2,14 +2,19 @@
 
     python predict.py cat.jpg holiday/          # the five most probable classes of each, by the best published network
     python predict.py cat.jpg --model mlp-s0    # use a run (its name or folder), or any weights file
-    python predict.py holiday/ --json           # the same, for programs
+    python predict.py holiday/ --json           # the same, for programs, with the official names of the classes
+    python predict.py cat.jpg --squeeze --show  # squeeze the whole image to a square, and write what the network saw
     python predict.py --export model.onnx       # write the network as ONNX: float32 [N, 3, 32, 32] in [0, 1] -> logits
 
 Images may have any size and nearly any format. For a folder, all images in it are classified, without those in
-subfolders; one line on stderr counts the files that are left out. Only the center square of an image is used. The
-exit status is 0 if all images were classified, and 1 if some could not be; each of those has a line on stderr.
+subfolders; one line on stderr counts the files that are left out. Only the center square of an image is used, unless
+you --squeeze it. --show writes those 32x32 pixels to the current folder, as cat-32x32.png or cat-squeezed-32x32.png;
+it replaces no other image. The exit status is 0 if all images were classified, and 1 if some could not be; each of
+those has a line on stderr.
 
-The answer is always one of CIFAR-100's classes, whatever the image shows.
+The answer is always one of CIFAR-100's classes, whatever the image shows. It is "not sure" if the first guess is below
+50%. Where the probabilities are calibrated, such a guess is wrong more often than right, on images like CIFAR-100's;
+photographs of anything else are harder. Where they are not, the first line says so.
 """
 
 import json
@@ -32,7 +37,17 @@ from common.errors import UserError, warn
 from common.files import RESULTS_DIR, replacing
 from common.text import printable, short_path
 from evaluation.finished_runs import require_classes
-from evaluation.images import SIDE, answer, answer_text, classify, find_images, find_weights, read_image
+from evaluation.images import (
+    SIDE,
+    answer,
+    answer_text,
+    classify,
+    find_images,
+    find_weights,
+    model_text,
+    read_image,
+    temperature_of,
+)
 from models import load_model
 from utils import FINE_NAMES, to_float
 
@@ -51,11 +66,18 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("--model", metavar="RUN", help="a run's name or folder, published/NAME, or a weights file "
                         "(default: the published run that is best on the test set)")
     parser.add_device("where to run the network (default: auto)")
+    part = parser.add_mutually_exclusive_group()
+    part.add_argument("--center-crop", action="store_true", help="use the center square of an image (the default)")
+    part.add_argument("--squeeze", action="store_true", help="use the whole image, squeezed to a square")
+    parser.add_argument("--show", action="store_true",
+                        help="write the 32x32 pixels that the network saw as a PNG file in the current folder")
     parser.add_argument("--json", action="store_true", help="print a JSON array with one object per file, errors too")
     parser.add_results_dir(default=RESULTS_DIR)
     options = parser.parse_args(argv)
-    if options.export and (options.json or options.device != "auto"):
-        raise UserError(f"{'--json' if options.json else '--device'} has no effect with --export")
+    given = {"--json": options.json, "--device": options.device != "auto", "--show": options.show,
+             "--center-crop": options.center_crop, "--squeeze": options.squeeze}
+    if options.export and any(given.values()):
+        raise UserError(f"{next(flag for flag in given if given[flag])} has no effect with --export")
 
     weights = find_weights(options.model, options.results_dir)
     model = load_model(weights, "cpu" if options.export else float32_device(options.device))
@@ -64,15 +86,17 @@ def main(argv: list[str] | None = None) -> int:
         comparison = export(model, options.export)
         print(f"exported {short_path(weights)} to {options.export}; {comparison}")
         return 0
-    return report(model, options.images, as_json=options.json, name=short_path(weights))
+    return report(model, options.images, as_json=options.json, name=short_path(weights), squeeze=options.squeeze,
+                  show=options.show)
 
 
-def report(model: nn.Module, paths: list[Path], *, as_json: bool, name: str) -> int:
+def report(model: nn.Module, paths: list[Path], *, as_json: bool, name: str, squeeze: bool = False,
+           show: bool = False) -> int:
     """Print the predictions for each image, and errors to stderr; returns the exit status."""
     if not as_json:
-        print(f"model: {name}")
+        print(model_text(model, name))
     given = []
-    for found in answers(model, paths):
+    for found in answers(model, paths, squeeze=squeeze, show=show):
         given.append(found)
         if "error" in found:
             print(f"error: {printable(found['error'])}", file=sys.stderr)
@@ -83,7 +107,7 @@ def report(model: nn.Module, paths: list[Path], *, as_json: bool, name: str) -> 
     return int(any("error" in found for found in given))
 
 
-def answers(model: nn.Module, paths: list[Path]) -> Iterator[dict[str, Any]]:
+def answers(model: nn.Module, paths: list[Path], *, squeeze: bool, show: bool) -> Iterator[dict[str, Any]]:
     """One object of `--json` per image; warns of the files in a folder that are left out."""
     for path in paths:
         try:
@@ -95,7 +119,7 @@ def answers(model: nn.Module, paths: list[Path]) -> Iterator[dict[str, Any]]:
             warn(printable(left_out))
         for file in files:
             with quiet_decoders():
-                found = answer(model, file)
+                found = answer(model, file, squeeze=squeeze, show=show)
             yield found
 
 
@@ -130,7 +154,7 @@ def export(model: nn.Module, path: Path) -> str:
     """Write the model to a new ONNX file, and return a comparison of its logits with PyTorch's.
 
     The file's input `images`, float32 [N, 3, 32, 32] in [0, 1], and its output `logits`, float32 [N, 100], accept any
-    N; its metadata lists the `classes` in order. Raises UserError if the file exists, if a package is missing, or if
+    N; its metadata lists the `classes` in order, and the `temperature` to divide logits by. Raises UserError if the file exists, if a package is missing, or if
     the logits differ; without onnxruntime they are not compared.
     """
     if path.exists():
@@ -152,6 +176,7 @@ def export(model: nn.Module, path: Path) -> str:
         for node in program.model.graph.all_nodes():
             node.metadata_props.clear()  # they name folders of this machine
         program.model.metadata_props["classes"] = " ".join(FINE_NAMES)
+        program.model.metadata_props["temperature"] = str(temperature_of(model))
         program.save(partial, external_data=False)
         try:
             import onnxruntime

@@ -18,7 +18,7 @@ from common.files import ROOT, read_json, write_text
 from common.run_files import PUBLISHED
 from common.text import overfit_table, spaced
 from evaluation.finished_runs import FinishedRun, TestSet
-from evaluation.images import answer, answer_text, find_weights
+from evaluation.images import answer, answer_text, find_weights, model_text
 from evaluation.metrics import (
     Calibration,
     average,
@@ -27,10 +27,9 @@ from evaluation.metrics import (
     coarse_of_fine,
     confused_pairs,
     confusion_matrix,
-    fit_temperature,
     softmax,
 )
-from evaluation.publish import CALIBRATION, read_calibration
+from evaluation.publish import CALIBRATION, fitted_temperature
 from evaluation.tables import (
     WITHOUT_DUPLICATES,
     by_recipe,
@@ -115,9 +114,9 @@ def _duplicates(published: Published) -> str:
 def calibrations(published: Published, run: FinishedRun) -> dict[float, Calibration]:
     """The calibration of a run by temperature: 1 and, if its recipe has validation logits, the fitted one."""
     logits, labels = run.logits(published.test).astype(np.float64), published.test.fine_labels
-    held_out = read_calibration(run, published.results_dir)
-    temperatures = [1.0] if held_out is None else [1.0, fit_temperature(*held_out)]
-    return {temperature: calibration(softmax(logits / temperature), labels) for temperature in temperatures}
+    temperatures = (1.0, fitted_temperature(run, published.results_dir))
+    return {temperature: calibration(softmax(logits / temperature), labels) for temperature in temperatures
+            if temperature is not None}
 
 
 def _calibration(published: Published) -> str:
@@ -158,12 +157,27 @@ def _squeeze(published: Published) -> str:
 
 def _prediction(published: Published) -> str:
     weights = find_weights(None, published.results_dir)
-    found = answer(load_model(weights), ROOT / DRAWING)
+    model = load_model(weights)
+    found = answer(model, ROOT / DRAWING)
     if "error" in found:
         raise UserError(found["error"])
-    model = weights.relative_to(published.results_dir.parent).as_posix()
-    printed = answer_text({**found, "file": DRAWING.as_posix()})
-    return "\n".join(["```", f"$ python predict.py {DRAWING.as_posix()}", f"model: {model}", printed, "```"])
+    name = weights.relative_to(published.results_dir.parent).as_posix()
+    printed = [model_text(model, name), answer_text({**found, "file": DRAWING.as_posix()})]
+    return "\n".join(["```", f"$ python predict.py {DRAWING.as_posix()}", *printed, "```"])
+
+
+def _weights(published: Published) -> str:
+    lines = ["| model | test accuracy of this file (%) | size (MB) | temperature | file |", "|---|---:|---:|---:|---|"]
+    ranked = {row["recipe"]: row for row in reversed(published.rows)}
+    recipes = by_recipe(published.runs)
+    for recipe, row in ranked.items():
+        for run in (run for run in recipes[recipe] if run.weights.exists()):
+            file = run.weights.relative_to(published.results_dir.parent).as_posix()
+            accuracy = row["top1"]["each"][row["seeds"].index(run.seed)]
+            temperature = fitted_temperature(run, published.results_dir)
+            lines.append(f"| {recipe} | {accuracy:.2f} | {run.weights.stat().st_size / 1e6:.1f} "
+                         f"| {'–' if temperature is None else f'{temperature:.3f}'} | [`{file}`]({file}) |")
+    return "\n".join(lines)
 
 
 def _printed(file: str) -> Callable[[Published], str]:
@@ -188,6 +202,7 @@ BLOCKS: dict[str, Callable[[Published], str]] = {
     "calibration": _calibration,
     "compare": _compare,
     "squeeze": _squeeze,
+    "weights": _weights,
     "prediction": _prediction,
     "cost": _printed("time_to_accuracy.md"),
     "riddle": _printed("overfit_riddle.md"),

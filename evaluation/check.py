@@ -11,6 +11,7 @@ from common.files import read_json
 from common.run_files import PUBLISHED
 from evaluation.blocks import Published, check_blocks
 from evaluation.finished_runs import read_predictions
+from evaluation.publish import labeled_weights
 from models import WeightsError, load_model
 from utils import compute_logits
 
@@ -21,7 +22,7 @@ CHECK_TOLERANCE = 0.03  # of a logit: float16 rounds them by up to 0.008, proces
 def check(published: Published, root: Path) -> list[str]:
     """A line for each published number that does not hold; an empty list is a pass."""
     problems = [] if published.runs else [f"nothing is published in {published.results_dir / PUBLISHED}"]
-    for part in (_check_results, _check_weights, lambda published: check_blocks(published, root)):
+    for part in (_check_results, _check_weights, _check_labels, lambda published: check_blocks(published, root)):
         try:
             problems += part(published)
         except (UserError, WeightsError) as problem:
@@ -46,3 +47,9 @@ def _check_weights(published: Published) -> list[str]:
         if not difference <= CHECK_TOLERANCE:
             problems.append(f"{run.folder}: weights and predictions differ by {difference:.3f} in a logit")
     return problems
+
+
+def _check_labels(published: Published) -> list[str]:
+    return [f"{run.folder}: its weights have another temperature or other class names: run python evaluate.py"
+            for run in published.runs if run.weights.exists()
+            and run.weights.read_bytes() != labeled_weights(run, published.results_dir)]

@@ -20,7 +20,7 @@ from common.files import read_json, replacing, require_file
 from common.run_files import METRICS, PUBLISHED, find_run
 from common.text import printable
 from evaluation.metrics import average
-from models import load_model
+from models import labeled, load_model
 from utils import compute_logits, load_test_set
 
 MAX_UNPACKED = 2**24  # bytes of arrays in one file: eight times the logits and hashes of 10,000 images
@@ -141,8 +141,9 @@ class FinishedRun:
         return self.folder / "model.safetensors"
 
     def weights_digest(self) -> str:
+        """The SHA-256 of the weights file as training wrote it, without a temperature and class names."""
         require_file(self.weights)
-        return hashlib.sha256(self.weights.read_bytes()).hexdigest()
+        return hashlib.sha256(labeled(self.weights)).hexdigest()
 
     def curves(self) -> dict[str, list[float]]:
         """The columns of `metrics.csv`, one value per epoch; NaN where there was no validation."""

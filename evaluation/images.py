@@ -1,10 +1,11 @@
 """Classify any image: read it the way the networks expect it, predict its class, find the weights to do so."""
 
+import io
 import os
 from collections import Counter
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, cast
 
 import numpy as np
 import torch
@@ -13,13 +14,14 @@ from safetensors import SafetensorError, safe_open
 from torch import Tensor, nn
 
 from common.errors import UserError
-from common.files import RESULTS_DIR, read_json, require_file
+from common.files import RESULTS_DIR, read_json, replacing, require_file
 from common.run_files import PUBLISHED
-from common.text import printable
+from common.text import printable, spaced
 from evaluation.finished_runs import FinishedRun, find_runs, finite_logits, named_run, runs_by_name
 from utils import COARSE_NAMES, COARSE_OF_FINE, FINE_NAMES
 
 SIDE = 32
+SURE = 0.5  # below this probability, a calibrated network is wrong more often than right
 BACKGROUND = "white"  # has 8% of the training images in all four corners; black, the next, has 1%
 MAX_PIXELS = 64_000_000  # per image; decoding that many takes up to 1.4 GB
 MAX_BYTES = 2**28  # per file, since some decoders read all of it first
@@ -33,17 +35,17 @@ WHITE_IS_ZERO, UNSIGNED = 0, 1  # values of the last two
 # ---- Reading images -------------------------------------------------------------------------------------------------
 
 
-def read_image(path: str | Path) -> Tensor:
+def read_image(path: str | Path, *, squeeze: bool = False) -> Tensor:
     """Read the center square of an image, upright, scaled to uint8 [3, 32, 32], with transparency on white.
 
-    It is cropped because CIFAR-100's images are filled to their edges: only 2% of the training images have the bars
+    With `squeeze`, read the whole image, squeezed to a square. By default, it is cropped because CIFAR-100's images are filled to their edges: only 2% of the training images have the bars
     that padding would add. Of an animation, read the first frame.
     Raises UserError if the file is not an image, is damaged, would take unreasonable memory, or has pixels that
     Pillow cannot decode to the colors one sees. EPS is not supported: it is a program.
     Threads may call this at once: it changes nothing outside itself. So libtiff may print to stderr about damage.
     """
     try:
-        small = _decode(Path(path))
+        small = _decode(Path(path), squeeze)
     except UserError:
         raise
     except Image.UnidentifiedImageError:
@@ -55,7 +57,7 @@ def read_image(path: str | Path) -> Tensor:
     return torch.from_numpy(np.asarray(small).transpose(2, 0, 1).copy())
 
 
-def _decode(path: Path) -> Image.Image:
+def _decode(path: Path, squeeze: bool) -> Image.Image:
     """`read_image`'s image as Pillow's, RGB. Raises UserError, and whatever Pillow raises."""
     require_file(path)
     if path.stat().st_size > MAX_BYTES:
@@ -68,7 +70,7 @@ def _decode(path: Path) -> Image.Image:
         image.draft(None, (8 * SIDE, 8 * SIDE))  # a large JPEG is decoded at a fraction of its size
         image.load()
         _require_few_pixels(image)  # for some formats, size and mode are final only now
-        return _center(image)
+        return _shrink(image, squeeze)
 
 
 def _is_readable(kind: str) -> bool:
@@ -95,18 +97,18 @@ def _scale_transparent_level(image: ImageFile.ImageFile) -> None:
         raise ValueError(f"16 bits per channel with a transparent color are not supported: {CONVERT_FIRST}")
 
 
-def _center(image: Image.Image) -> Image.Image:
-    """The center square, upright and opaque, RGB of SIDE x SIDE pixels.
+def _shrink(image: Image.Image, squeeze: bool) -> Image.Image:
+    """The center square, or with `squeeze` everything, upright and opaque, RGB of SIDE x SIDE pixels.
 
     Every operation before scaling touches each pixel and costs memory, so most of the work comes after it.
     """
-    side = min(image.size)
-    left, top = (image.width - side) // 2, (image.height - side) // 2
-    box = (left, top, left + side, top + side)
+    width, height = image.size if squeeze else 2 * (min(image.size),)
+    left, top = (image.width - width) // 2, (image.height - height) // 2
+    box = (left, top, left + width, top + height)
     tags = getattr(image, "tag_v2", {})  # of a TIFF
     if image.mode[0] in "IF":  # gray, with more than 8 bits
         image = _deep_gray(image.crop(box), tags)
-        box = (0, 0, side, side)
+        box = (0, 0, width, height)
     elif image.mode in ("La", "RGBa"):  # colors multiplied by their opacity
         image = image.convert("LA" if image.mode == "La" else "RGBA")
     elif image.has_transparency_data:
@@ -210,7 +212,7 @@ class Guess(NamedTuple):
 def classify(model: nn.Module, image: Tensor, count: int = 5) -> list[Guess]:
     """The `count` most probable classes of an image, uint8 [3, 32, 32], most probable first.
 
-    Raises UserError for any other image, if the network was not trained on CIFAR-100, or if its weights are damaged.
+    Probabilities are calibrated if the weights have a temperature. Raises UserError for any other image, if the network was not trained on CIFAR-100, or if its weights are damaged.
     """
     if not isinstance(image, Tensor) or image.dtype != torch.uint8 or image.shape != (3, SIDE, SIDE):
         found = f"{str(image.dtype).removeprefix('torch.')} {[*image.shape]}" if isinstance(image, Tensor) \
@@ -218,26 +220,58 @@ def classify(model: nn.Module, image: Tensor, count: int = 5) -> list[Guess]:
         raise UserError(f"an image must be a uint8 tensor [3, {SIDE}, {SIDE}] with levels 0 to 255, as read_image "
                         f"gives it, not {found}")
     logits = finite_logits(model, image[None], len(FINE_NAMES), "the network")[0]
-    probabilities = logits.double().softmax(0)
+    probabilities = (logits.double() / temperature_of(model)).softmax(0)
     return [Guess(FINE_NAMES[fine], COARSE_NAMES[COARSE_OF_FINE[fine]], float(probabilities[fine]))
             for fine in probabilities.argsort(descending=True, stable=True)[:count].tolist()]
 
 
-def answer(model: nn.Module, file: Path) -> dict[str, Any]:
-    """The object of `predict.py --json` for an image: its file, and either guesses or an error."""
+def temperature_of(model: nn.Module) -> float:
+    """The divisor of a model's logits that calibrates its probabilities; 1 for a model that is not calibrated."""
+    return cast(float, model.temperature)
+
+
+def answer(model: nn.Module, file: Path, *, squeeze: bool = False, show: bool = False) -> dict[str, Any]:
+    """The object of `predict.py --json` for an image: its file, and either guesses or an error.
+
+    With `show`, the pixels that the network gets are also written to a PNG file in the current folder.
+    """
     try:
-        guesses = classify(model, read_image(file))
+        image = read_image(file, squeeze=squeeze)
+        guesses = classify(model, image)
+        shown = {"shown": str(_write_pixels(image, f"{file.stem}{'-squeezed' * squeeze}"))} if show else {}
     except UserError as problem:
         return {"file": str(file), "error": str(problem)}
-    return {"file": str(file), "guesses": [{"class": guess.name, "superclass": guess.superclass,
-                                            "probability": round(guess.probability, 6)} for guess in guesses]}
+    return {"file": str(file), **shown, "sure": guesses[0].probability >= SURE,
+            "guesses": [{"class": guess.name, "superclass": guess.superclass,
+                         "probability": round(guess.probability, 6)} for guess in guesses]}
+
+
+def _write_pixels(image: Tensor, stem: str) -> Path:
+    """Write an image, uint8 [3, 32, 32], as a PNG to the current folder. Raises UserError if another file is there."""
+    path, content = Path(f"{stem}-{SIDE}x{SIDE}.png"), io.BytesIO()
+    Image.fromarray(image.permute(1, 2, 0).numpy()).save(content, "PNG")
+    if os.path.lexists(path) and not (path.is_file() and path.read_bytes() == content.getvalue()):
+        raise UserError(f"{path} exists and is another image: move it away, or use --show in another folder")
+    with replacing(path) as partial:
+        partial.write_bytes(content.getvalue())
+    return path
+
+
+def model_text(model: nn.Module, name: str) -> str:
+    """The first line that `predict.py` prints."""
+    return f"model: {name}" + (" (probabilities not calibrated)" if temperature_of(model) == 1 else "")
 
 
 def answer_text(answer: dict[str, Any]) -> str:
     """An answer as text: the file, and one line per guess with a bar for its probability."""
-    lines = [f"{guess['probability']:>7.1%} {'█' * round(20 * guess['probability']):<20} {guess['class']:<14} "
-             f"{guess['superclass']}" for guess in answer["guesses"]]
-    return "\n".join([printable(answer["file"]), *lines])
+    lines = [printable(answer["file"])]
+    if "shown" in answer:
+        lines.append(f"  the network saw {printable(answer['shown'])}")
+    if not answer["sure"]:
+        lines.append(f"  not sure: the first guess is below {SURE:.0%}")
+    return "\n".join([*lines, *(
+        f"{guess['probability']:>7.1%} {'█' * round(20 * guess['probability']):<20} {spaced(guess['class']):<14} "
+        f"{spaced(guess['superclass'])}" for guess in answer["guesses"])])
 
 
 # ---- Weights --------------------------------------------------------------------------------------------------------

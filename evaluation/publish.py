@@ -10,7 +10,8 @@ from common.errors import UserError
 from common.files import read_json, replacing
 from common.run_files import PUBLISHED
 from evaluation.finished_runs import FinishedRun, TestSet, are_logits, find_runs, finite_logits, named_run, read_arrays
-from models import load_model
+from evaluation.metrics import fit_temperature
+from models import WeightsError, labeled, load_model
 from utils import FINE_NAMES, load_cifar100
 
 RECORDED = ("config.json", "metrics.csv", "loss.png", "result.json")
@@ -76,6 +77,34 @@ def read_calibration(run: FinishedRun, results_dir: Path) -> tuple[np.ndarray, n
         raise UserError(f"{path} has no logits and labels of {len(FINE_NAMES)} classes: "
                         "create it again with --calibrate")
     return logits, labels.astype(np.int64)
+
+
+def fitted_temperature(run: FinishedRun, results_dir: Path) -> float | None:
+    """The temperature, to six decimals, that calibrates `run`'s recipe; None if the recipe is not calibrated."""
+    held_out = read_calibration(run, results_dir)
+    return None if held_out is None else round(fit_temperature(*held_out), 6)
+
+
+def labeled_weights(run: FinishedRun, results_dir: Path) -> bytes:
+    """The weights file of a published run as it should be: with its recipe's temperature and the names of the classes.
+
+    Raises UserError or WeightsError if that cannot be determined.
+    """
+    return labeled(run.weights, temperature=fitted_temperature(run, results_dir), classes=FINE_NAMES)
+
+
+def label_weights(results_dir: Path) -> list[str]:
+    """Give each published weights file its temperature and class names; returns a line for each that has to wait."""
+    problems = []
+    for run in (run for run in find_runs(results_dir) if run.published and run.weights.exists()):
+        try:
+            content = labeled_weights(run, results_dir)
+            if content != run.weights.read_bytes():
+                with replacing(run.weights) as partial:
+                    partial.write_bytes(content)
+        except (UserError, WeightsError) as problem:
+            problems.append(f"{run.weights} is unchanged: {problem}")
+    return problems
 
 
 def publish_overfit(name: str, results_dir: Path) -> Path:

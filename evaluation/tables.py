@@ -1,12 +1,13 @@
 """Tables of finished runs: one row per recipe for results.json and the documents, one line per run for the screen."""
 
+from collections import Counter
 from collections.abc import Callable, Iterable
 from typing import Any
 
 import numpy as np
 
 from common.errors import UserError
-from common.text import flops_text, machine_text
+from common.text import flops_text, machine_text, printable
 from evaluation.finished_runs import FinishedRun, TestSet
 from evaluation.metrics import average, interval95, mcnemar, measure
 from evaluation.publish import require_alike
@@ -140,63 +141,81 @@ def _full_row(row: dict[str, Any]) -> str:
 
 # ---- One line per run -----------------------------------------------------------------------------------------------
 
+COLUMNS = ("run", "top-1 (95% interval)", "top-5", "superclass", "minutes", "trained on")
+MORE_COLUMNS = ("cross-entropy", "deduplicated", "parameters")  # of a wide table, after the superclass
+MAX_NAME = 32  # characters in the column of names, so that a line of the table that is not wide has at most 100
+
 
 def run_table(runs: Iterable[FinishedRun], test_set: Callable[[bool], TestSet], *, strict: bool,
-              flip: bool = False) -> str:
+              flip: bool = False, wide: bool = False) -> str:
     """One line per run, for the screen; `test_set(synthetic)` gives the images to measure it on.
 
     With `flip`, a second line has the predictions averaged over each image and its mirror image. The line of a run
     that cannot be measured says why; if `strict`, or if the run is published, raise the UserError instead.
     """
-    lines = []
-    for run in runs:
+    lines, runs = [], list(runs)
+    for run, name in zip(runs, short_names(runs), strict=True):
         try:
             test = test_set(run.synthetic)
-            lines.append((run.label, _line([run], run.logits(test), test)))
+            lines.append([name, *_cells([run], run.logits(test), test, wide)])
             if flip:
-                lines.append((f"{run.label} + flip averaging", _line([run], run.flip_averaged(test), test)))
+                lines.append(["+ flip averaging", *_cells([run], run.flip_averaged(test), test, wide)])
         except (UserError, WeightsError) as problem:
             if strict or run.published:
                 raise
-            lines.append((run.label, f"left out: {problem}"))
-    return _aligned(lines)
+            lines.append([name, f"left out: {problem}"])
+    return _aligned(lines, wide)
 
 
-def ensemble_table(runs: list[FinishedRun], test_set: Callable[[bool], TestSet]) -> str:
+def ensemble_table(runs: list[FinishedRun], test_set: Callable[[bool], TestSet], *, wide: bool = False) -> str:
     """One line per run, and one for their mean probabilities, with the sum of their costs."""
     if len({run.folder for run in runs}) < 2 or len({run.synthetic for run in runs}) > 1:
         raise UserError("an ensemble needs at least two different runs on the same dataset")
     test = test_set(runs[0].synthetic)
     logits = [run.logits(test) for run in runs]
-    members = [(run.label, _line([run], one, test)) for run, one in zip(runs, logits, strict=True)]
-    name = f"ensemble of {', '.join(run.label for run in runs)}"
-    return _aligned([*members, (name, _line(runs, average(logits), test))])
+    members = [[name, *_cells([run], one, test, wide)]
+               for run, one, name in zip(runs, logits, short_names(runs), strict=True)]
+    return _aligned([*members, [f"ensemble of these {len(runs)}", *_cells(runs, average(logits), test, wide)]], wide)
 
 
-def _aligned(lines: list[tuple[str, str]]) -> str:
-    """Names and their lines in columns, below a heading."""
-    width = max(28, *(len(name) for name, _ in lines))
-    heading = (f"{'top-1 (95% interval)':>22} {'top-5':>7} {'superclass':>10} {'cross-entropy':>13} "
-               f"{'deduplicated':>12} {'parameters':>11} {'training':>10}  trained on")
-    return "\n".join(f"{name:<{width}} {line}" for name, line in [("run", heading), *lines])
+def short_names(runs: list[FinishedRun]) -> list[str]:
+    """A name of at most MAX_NAME characters for each run: its own, or its label if another run has the same name."""
+    counts = Counter(run.name for run in runs)
+    names = [printable(run.name) if counts[run.name] == 1 else run.label for run in runs]
+    start, end = (MAX_NAME - 3) // 2, MAX_NAME - 3 - (MAX_NAME - 3) // 2
+    return [name if len(name) <= MAX_NAME else f"{name[:start]}...{name[-end:]}" for name in names]
 
 
-def _line(runs: list[FinishedRun], logits: np.ndarray, test: TestSet) -> str:
-    """The numbers of one run, or of several that gave these logits together."""
+def _aligned(lines: list[list[str]], wide: bool) -> str:
+    """Lines in columns below a heading; a line of two cells is a name and a remark."""
+    headings = [*COLUMNS[:4], *(MORE_COLUMNS if wide else ()), *COLUMNS[4:]]
+    rows = [headings, *(line for line in lines if len(line) == len(headings))]
+    widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
+    widths[0] = max(len(line[0]) for line in [headings, *lines])
+    aligned = []
+    for name, *cells in [headings, *lines]:
+        *numbers, last = cells
+        columns = [f"{cell:>{width}}" for cell, width in zip(numbers, widths[1:], strict=False)]
+        aligned.append("  ".join([f"{name:<{widths[0]}}", *columns, last]))
+    return "\n".join(aligned)
+
+
+def _cells(runs: list[FinishedRun], logits: np.ndarray, test: TestSet, wide: bool) -> list[str]:
+    """The cells after the name for one run, or for several that gave these logits together."""
     numbers = measure_on(test, logits)
     low, high = interval95(numbers["top1"], len(test))
-    top1 = f"{numbers['top1']:.2f} ({low:.2f}–{high:.2f})"
-    deduplicated = f"{numbers[WITHOUT_DUPLICATES]:.2f}" if WITHOUT_DUPLICATES in numbers else "–"
-    images = " or ".join(sorted({_training_images(run) for run in runs}))
-    return (f"{top1:>22} {numbers['top5']:>7.2f} {numbers['superclass']:>10.2f} {numbers['cross_entropy']:>13.4f} "
-            f"{deduplicated:>12} {sum(run.result['parameters'] for run in runs):>11,} "
-            f"{sum(run.result['train_seconds'] for run in runs):>8.0f} s  {images}")
+    more = [f"{numbers['cross_entropy']:.4f}",
+            f"{numbers[WITHOUT_DUPLICATES]:.2f}" if WITHOUT_DUPLICATES in numbers else "–",
+            f"{sum(run.result['parameters'] for run in runs):,}"]
+    return [f"{numbers['top1']:.2f} ({low:.2f}–{high:.2f})", f"{numbers['top5']:.2f}", f"{numbers['superclass']:.2f}",
+            *(more if wide else ()), f"{sum(run.result['train_seconds'] for run in runs) / 60:.1f}",
+            ", ".join(sorted({_training_images(run) for run in runs}))]
 
 
 def _training_images(run: FinishedRun) -> str:
     if run.synthetic:
         return "SYNTHETIC"
-    return "all 50,000" if run.settings["train_on_all"] else "45,000"
+    return "50,000" if run.settings["train_on_all"] else "45,000"
 
 
 def comparison(a: FinishedRun, b: FinishedRun, test: TestSet) -> str:
