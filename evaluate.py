@@ -8,8 +8,8 @@
     python evaluate.py --ensemble fast-s0 fast-s1 fast-s2    # adds a line for the mean of their probabilities
     python evaluate.py --compare fast-s0 mlp-s0    # is one better than the other, or is it chance?
     python evaluate.py --publish mlp-s0       # copy a finished run to results/published/, then measure all runs
-    python evaluate.py --calibrate fast-s0    # publish the validation logits of a run that was trained on 45,000 images,
-                                              # and write the temperature that they give into the published weights
+    python evaluate.py --calibrate fast-s0    # publish the validation logits of a run trained on 45,000 images, and
+                                              # write the temperature that they give into the published weights
     python evaluate.py --figures              # draw the published runs into docs/figures/
     python evaluate.py --report               # write results/report.html, a self-contained page
     python evaluate.py --check                # change nothing; exit 1 if a published number does not hold
@@ -160,7 +160,10 @@ def _chosen(names: list[str], results_dir: Path) -> list[FinishedRun]:
 
 
 def _update(published: Published) -> None:
-    """Write results.json, the weights' labels and every block of README.md and docs/; print what could not be written."""
+    """Write results.json, the temperatures of published weights, and every block of README.md and docs/.
+
+    Print what could not be written.
+    """
     write_json(published.results_dir / "results.json", published.rows)
     problems = [*label_weights(published.results_dir), *renew_blocks(published, ROOT)]
     exception = ", except for these" if problems else ""

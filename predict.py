@@ -154,8 +154,9 @@ def export(model: nn.Module, path: Path) -> str:
     """Write the model to a new ONNX file, and return a comparison of its logits with PyTorch's.
 
     The file's input `images`, float32 [N, 3, 32, 32] in [0, 1], and its output `logits`, float32 [N, 100], accept any
-    N; its metadata lists the `classes` in order, and the `temperature` to divide logits by. Raises UserError if the file exists, if a package is missing, or if
-    the logits differ; without onnxruntime they are not compared.
+    N; its metadata lists the `classes` in order, and has the `temperature` that calibrates the logits if they are
+    divided by it. Raises UserError if the file exists, if a package is missing, or if the logits differ; without
+    onnxruntime they are not compared.
     """
     if path.exists():
         raise UserError(f"{path} exists: choose another name, or delete it first")

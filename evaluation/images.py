@@ -38,8 +38,9 @@ WHITE_IS_ZERO, UNSIGNED = 0, 1  # values of the last two
 def read_image(path: str | Path, *, squeeze: bool = False) -> Tensor:
     """Read the center square of an image, upright, scaled to uint8 [3, 32, 32], with transparency on white.
 
-    With `squeeze`, read the whole image, squeezed to a square. By default, it is cropped because CIFAR-100's images are filled to their edges: only 2% of the training images have the bars
-    that padding would add. Of an animation, read the first frame.
+    It is cropped because CIFAR-100's images are filled to their edges: only 2% of the training images have the bars
+    that padding would add. With `squeeze`, the whole image is squeezed to a square instead. Of an animation, read the
+    first frame.
     Raises UserError if the file is not an image, is damaged, would take unreasonable memory, or has pixels that
     Pillow cannot decode to the colors one sees. EPS is not supported: it is a program.
     Threads may call this at once: it changes nothing outside itself. So libtiff may print to stderr about damage.
@@ -212,7 +213,8 @@ class Guess(NamedTuple):
 def classify(model: nn.Module, image: Tensor, count: int = 5) -> list[Guess]:
     """The `count` most probable classes of an image, uint8 [3, 32, 32], most probable first.
 
-    Probabilities are calibrated if the weights have a temperature. Raises UserError for any other image, if the network was not trained on CIFAR-100, or if its weights are damaged.
+    Their probabilities are calibrated if the weights have a temperature. Raises UserError for any other image, if the
+    network was not trained on CIFAR-100, or if its weights are damaged.
     """
     if not isinstance(image, Tensor) or image.dtype != torch.uint8 or image.shape != (3, SIDE, SIDE):
         found = f"{str(image.dtype).removeprefix('torch.')} {[*image.shape]}" if isinstance(image, Tensor) \

@@ -97,6 +97,8 @@ def _with_metadata(content: bytes, changes: dict[str, str | None]) -> bytes:
     The library writes the metadata in random order, but equal weights must give equal files.
     """
     end = 8 + int.from_bytes(content[:8], "little")
+    if end - 8 > MAX_HEADER_BYTES:
+        raise ValueError(f"its header has more than {MAX_HEADER_BYTES:,} bytes")
     header = json.loads(content[8:end])
     metadata = {**header.get("__metadata__", {}), **changes}
     header["__metadata__"] = {key: value for key, value in metadata.items() if value is not None}
@@ -121,8 +123,8 @@ def load_model(path: str | Path, device: torch.device | str = "cpu") -> nn.Modul
             model: Any = create_model(name, **arguments)
         if model.model_args.get("side", 1) > MAX_SIDE:
             raise ValueError(f"its side is {model.model_args['side']}, above {MAX_SIDE} pixels")
-        model.load_state_dict({name: tensor.float() if tensor.is_floating_point() else tensor
-                               for name, tensor in tensors.items()}, assign=True)
+        model.load_state_dict({name: tensor.to(torch.float32 if tensor.is_floating_point() else tensor.dtype, copy=True)
+                               for name, tensor in tensors.items()}, assign=True)  # else the file may change them later
         with torch.no_grad():
             model.eval()(torch.zeros(1, 3, 32, 32))
         model.temperature, model.classes = _read_labels(metadata, model.model_args["num_classes"])

@@ -27,9 +27,9 @@ from common.plotting import save_figure
 from common.text import overfit_table
 from evaluation import blocks, finished_runs, publish
 from evaluation.finished_runs import FinishedRun, TestSet, find_runs, named_run
-from evaluation.metrics import measure, softmax
+from evaluation.metrics import fit_temperature, measure, softmax
 from evaluation.tables import CITED, full_table, headline, short_table
-from models import load_model, save_model
+from models import labeled, load_model, save_model
 from tests.helpers import (
     ROOT,
     after_step,
@@ -41,7 +41,7 @@ from tests.helpers import (
     run_names,
     train_tiny,
 )
-from utils import load_cifar100, load_test_set
+from utils import FINE_NAMES, load_cifar100, load_test_set
 
 SYNTHETIC_IMAGES = 2000
 START = "<!-- {}: written by `python evaluate.py`, checked by `python evaluate.py --check` -->"
@@ -255,6 +255,7 @@ def test_a_device_that_is_missing_is_an_error(
 @pytest.mark.parametrize("flags", [
     ("--check", "mlp-s0"), ("--check", "--publish", "mlp-s0"), ("--nonsense",), ("--tta", "flip"),
     ("--tta", "flip", "--compare", "mlp-s0", "mlp-s0"), ("--compare", "mlp-s0"), ("--figures", "--report"),
+    ("--wide", "--check"), ("--wide", "--figures"), ("--wide", "--compare", "mlp-s0", "mlp-s1"),
     ("--ensemble", "mlp-s0"), ("--ensemble", "mlp-s0", "mlp-s0"), ("--calibrate", "mlp-s0", "--publish", "mlp-s0")])
 def test_misuse_is_one_error_line(flags: tuple[str, ...], trained: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert evaluate_main(trained, *flags) == 2
@@ -273,28 +274,57 @@ def test_flip_averaging_adds_a_line(trained: Path, test_set: TestSet, capsys: py
     plain = printed_rows(capsys)
     assert evaluate_main(trained, "mlp-s0", "--tta", "flip") == 0
     rows = printed_rows(capsys)
-    assert list(rows) == ["mlp-s0", "mlp-s0 + flip averaging"]
+    assert list(rows) == ["mlp-s0", "+ flip averaging"]
     assert rows["mlp-s0"] == plain["mlp-s0"]
     model = load_model(trained / "mlp-s0" / "model.safetensors")
     with torch.no_grad():
         mean = sum(model(images / 255).softmax(1) for images in (test_set.images, test_set.images.flip(3)))
     accuracy = 100 * (mean.argmax(1).numpy() == test_set.fine_labels).mean()
-    assert float(rows["mlp-s0 + flip averaging"].split()[0]) == pytest.approx(accuracy, abs=0.11)
+    assert float(rows["+ flip averaging"].split()[0]) == pytest.approx(accuracy, abs=0.11)
 
 
 def test_an_ensemble_averages_probabilities(
     trained: Path, test_set: TestSet, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    assert evaluate_main(trained, "--ensemble", "mlp-s0", "mlp-s1") == 0
+    assert evaluate_main(trained, "--ensemble", "mlp-s0", "mlp-s1", "--wide") == 0
     rows = printed_rows(capsys)
-    assert list(rows) == ["mlp-s0", "mlp-s1", "ensemble of mlp-s0, mlp-s1"]
+    assert list(rows) == ["mlp-s0", "mlp-s1", "ensemble of these 2"]
     logits = [FinishedRun(trained / name).logits(test_set) for name in ("mlp-s0", "mlp-s1")]
     mean = sum(torch.from_numpy(one).double().softmax(1) for one in logits).numpy()
-    together = rows["ensemble of mlp-s0, mlp-s1"].split()
+    together = rows["ensemble of these 2"].split()
     assert together[0] == f"{100 * (mean.argmax(1) == test_set.fine_labels).mean():.2f}"
     assert float(together[0]) > max(float(rows[name].split()[0]) for name in ("mlp-s0", "mlp-s1"))
     parameters = read_json(trained / "mlp-s0" / "result.json")["parameters"]
     assert f"{2 * parameters:,}" in together
+
+
+def long_names(trained: Path, results_dir: Path) -> list[str]:
+    """Three runs, two with names of 90 characters, one trained on 45,000 images; their folders."""
+    names = [f"{'a-name-that-goes-on' * 4}-and-on-{number}-s0" for number in (1, 2)] + ["mlp-s0"]
+    for name in names:
+        shutil.copytree(trained / "mlp-s0", results_dir / name)
+        edit_settings(results_dir / name, synthetic=False, train_on_all=name == "mlp-s0")
+    return names
+
+
+@pytest.mark.parametrize("flags", [(), ("--tta", "flip"), ("--ensemble",)])
+def test_the_table_has_at_most_100_columns_unless_wide(
+    flags: tuple[str, ...], trained: Path, test_set: TestSet, tmp_path: Path, monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(evaluate, "TestSet", lambda *arguments, **options: test_set)
+    names = long_names(trained, tmp_path)
+    names = () if not flags else (*flags, *names) if flags == ("--ensemble",) else (*names, *flags)
+    assert evaluate_main(tmp_path, *names) == 0
+    lines = capsys.readouterr().out.splitlines()
+    assert lines[0].split("  ")[0] == "run" and max(map(len, lines)) <= 100
+    assert {3: "mlp-s0", 4: "mlp-s0"}.get(len(lines) - 1, "a-name") in " ".join(lines)
+    shortened = [line.split()[0] for line in lines if "..." in line]
+    assert len(shortened) == len(set(shortened)) == 2 and all(len(name) == 32 for name in shortened)
+    assert evaluate_main(tmp_path, *names, "--wide") == 0
+    wide = capsys.readouterr().out.splitlines()
+    assert all(heading in wide[0] for heading in ("cross-entropy", "deduplicated", "parameters"))
+    assert [line.split()[:4] for line in wide[1:]] == [line.split()[:4] for line in lines[1:]]
 
 
 def test_two_runs_are_compared_on_the_same_images(
@@ -594,11 +624,11 @@ def test_accuracy_without_near_duplicates_is_reported(
     list_near_duplicates(published, test_set.hashes[correct][:20])
     without = (correct.sum() - 20) / (len(correct) - 20) * 100
     assert published.main("--check") == 1  # results.json does not have it yet
-    assert published.main() == 0
+    assert published.main("--wide") == 0
     (row,) = read_json(published.results / "results.json")
     assert row["top1_without_duplicates"]["each"][0] == pytest.approx(without, abs=1e-4)
     assert row["top1"]["each"][0] == pytest.approx(100 * correct.mean(), abs=1e-4)
-    line = next(line for line in capsys.readouterr().out.splitlines() if line.startswith("published/mlp-s0"))
+    line = next(line for line in capsys.readouterr().out.splitlines() if line.startswith("published/mlp-s0 "))
     assert f" {without:.2f} " in line
     assert published.main("--check") == 0
 
@@ -626,6 +656,43 @@ def test_calibration_keeps_the_validation_logits(published: Site) -> None:
     assert [run.name for run in find_runs(published.results) if run.published] == ["mlp-s0", "mlp-s1"]
     assert published.main("--check") == 0
     assert published.main("--calibrate", "held-out") == 0  # replaces the older one
+
+
+def test_published_weights_carry_the_temperature_and_the_classes(documented: Site) -> None:
+    path = documented.published / "mlp-s0" / "model.safetensors"
+    with np.load(documented.published / "calibration" / "mlp" / "val_predictions.npz") as file:
+        expected = fit_temperature(file["logits"], file["fine_labels"])
+    model, trained_model = load_model(path), load_model(documented.results / "mlp-s0" / "model.safetensors")
+    assert model.temperature == pytest.approx(expected, abs=1e-6) and model.classes == FINE_NAMES
+    assert (trained_model.temperature, trained_model.classes) == (1.0, ())
+    assert all(torch.equal(tensor, model.state_dict()[name]) for name, tensor in trained_model.state_dict().items())
+    assert f"| 0.1 | {expected:.3f} | [`results/published/mlp-s0/" in block(documented, "weights")
+    assert load_model(documented.published / "other-s0" / "model.safetensors").temperature == 1.0  # not calibrated
+    assert "| – | [`results/published/other-s0/" in block(documented, "weights")
+    shutil.copy(documented.results / "mlp-s0" / "model.safetensors", path)
+    assert documented.main("--check") == 1
+    assert documented.main() == 0
+    assert load_model(path).temperature == model.temperature and documented.main("--check") == 0
+
+
+def test_a_temperature_of_another_calibration_fails_the_check(
+    documented: Site, capsys: pytest.CaptureFixture[str]
+) -> None:
+    path = documented.published / "mlp-s0" / "model.safetensors"
+    for changes in ({"temperature": 2.0, "classes": FINE_NAMES}, {"temperature": load_model(path).temperature}):
+        path.write_bytes(labeled(path, **changes))
+        assert documented.main("--check") == 1
+        assert "mlp-s0: its weights have another temperature or other class names" in capsys.readouterr().out
+
+
+def test_weights_keep_their_temperature_if_the_recipe_changed(
+    documented: Site, capsys: pytest.CaptureFixture[str]
+) -> None:
+    before = (documented.published / "mlp-s0" / "model.safetensors").read_bytes()
+    edit_settings(documented.published / "calibration" / "mlp", lr=0.02)
+    assert documented.main() == 0
+    assert "model.safetensors is unchanged: " in capsys.readouterr().out
+    assert (documented.published / "mlp-s0" / "model.safetensors").read_bytes() == before
 
 
 def test_a_calibration_with_other_settings_is_refused(
@@ -799,12 +866,12 @@ def test_a_block_without_its_data_is_named_and_kept(documented: Site, capsys: py
     with open(documented.document, "a") as file:
         file.write(f"{START.format('no-such')}\n{END.format('no-such')}\n")
     shutil.rmtree(documented.published / "calibration")
-    before = documented.document.read_text()
+    before = block(documented, "calibration")
     for flags, status in ((("--check",), 1), ((), 0)):
         assert documented.main(*flags) == status
         output = capsys.readouterr().out
         assert "block calibration: " in output and "block no-such: " in output
-    assert documented.document.read_text() == before
+    assert block(documented, "calibration") == before != ""
 
 
 def lose_the_drawing(site: Site, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -36,7 +36,7 @@ from evaluation import finished_runs
 from evaluation.finished_runs import FinishedRun, TestSet
 from evaluation.images import read_image
 from evaluation.publish import publish
-from models import MAX_HEADER_BYTES, WeightsError, create_model, load_model, save_model
+from models import MAX_HEADER_BYTES, WeightsError, create_model, labeled, load_model, save_model
 from tests.helpers import (
     ROOT,
     after_step,
@@ -265,6 +265,17 @@ def test_a_damaged_weights_file_is_refused(good: bytes, tmp_path: Path) -> None:
 @pytest.mark.parametrize("length", LENGTHS)
 def test_weights_with_an_impossible_header_length_are_refused(good: bytes, length: int, tmp_path: Path) -> None:
     assert "cannot be read" in refusal(tmp_path / "x.safetensors", struct.pack("<Q", length) + good[8:])
+    with pytest.raises(WeightsError, match="cannot be read"):
+        labeled(tmp_path / "x.safetensors")
+
+
+@pytest.mark.parametrize(("label", "value"), [
+    *(("temperature", text) for text in ("nan", "inf", "-1", "0", "1e-300", "1e300", "", "one", "9" * 5000)),
+    ("classes", "cat dog"), ("classes", " ".join(["cat"] * 100)),
+    ("classes", " ".join(f"\x1b[{label}m" for label in range(100))), ("classes", " ".join(map(str, range(101)))),
+])
+def test_weights_with_an_impossible_label_are_refused(good: bytes, label: str, value: str, tmp_path: Path) -> None:
+    refusal(tmp_path / "x.safetensors", save(load(good), {**metadata_of(good), label: value}))
 
 
 @pytest.mark.parametrize("header", HEADERS, ids=range(len(HEADERS)))

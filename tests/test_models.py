@@ -11,7 +11,7 @@ from safetensors.torch import load_file
 from torch import Tensor, nn
 
 import train_mlp
-from models import WeightsError, create_model, list_models, load_model, save_model
+from models import WeightsError, create_model, labeled, list_models, load_model, save_model
 from utils import compute_logits
 
 TINY_MLP = {"widths": (8, 6), "dropout": 0.25, "batch_norm": True}
@@ -136,6 +136,18 @@ def test_equal_weights_make_equal_files(trained_model: nn.Module, tmp_path: Path
         save_model(trained_model, tmp_path / "model.safetensors")
         contents.add((tmp_path / "model.safetensors").read_bytes())
     assert len(contents) == 1
+
+
+def test_labels_change_no_weight_and_can_be_taken_off(trained_model: nn.Module, tmp_path: Path) -> None:
+    path, names = tmp_path / "model.safetensors", [f"class_{label}" for label in range(100)]
+    save_model(trained_model, path)
+    before, plain = path.read_bytes(), load_model(path)
+    assert labeled(path) == before and (plain.temperature, plain.classes) == (1.0, ())
+    path.write_bytes(labeled(path, temperature=0.75, classes=names))
+    found = load_model(path)
+    assert (found.temperature, found.classes) == (0.75, tuple(names))
+    assert all(torch.equal(tensor, found.state_dict()[name]) for name, tensor in plain.state_dict().items())
+    assert labeled(path) == before
 
 
 def test_the_weights_file_holds_the_normalization(trained_model: nn.Module, images: Tensor, tmp_path: Path) -> None:

@@ -27,7 +27,8 @@ from common import devices
 from common.command_line import exit_status
 from common.errors import UserError
 from common.text import degrade
-from models import create_model, save_model
+from evaluation.images import SURE
+from models import create_model, labeled, load_model, save_model
 from predict import classify, find_weights, quiet_decoders, read_image
 from tests.helpers import ROOT, error_line
 from training.checkpoint import Progress, checkpoint_bytes
@@ -212,15 +213,17 @@ def test_five_guesses_are_printed_most_probable_first(
 ) -> None:
     halves.save(tmp_path / "x.png")
     assert run(results_dir, tmp_path / "x.png") == 0
-    model, file, *guesses = capsys.readouterr().out.splitlines()
+    model, file, not_sure, *guesses = capsys.readouterr().out.splitlines()
     assert "good-s1" in model and file == str(tmp_path / "x.png") and len(guesses) == 5
+    assert not_sure == "  not sure: the first guess is below 50%"  # the network is not trained
     status, (answer,) = run_json(results_dir, capsys, tmp_path / "x.png")
-    assert status == 0 and answer.keys() == {"file", "guesses"}
+    assert status == 0 and answer.keys() == {"file", "sure", "guesses"} and answer["sure"] is False
     probabilities = [guess["probability"] for guess in answer["guesses"]]
     assert probabilities == sorted(probabilities, reverse=True) and 0 < sum(probabilities) <= 1
     for line, guess in zip(guesses, answer["guesses"], strict=True):
         assert guess["superclass"] == COARSE_NAMES[COARSE_OF_FINE[FINE_NAMES.index(guess["class"])]]
-        assert line.split()[-2:] == [guess["class"], guess["superclass"]]
+        assert line.split("  ")[-1].split() == guess["superclass"].replace("_", " ").split() and "_" not in line
+        assert f" {guess['class'].replace('_', ' ')} " in line
         assert line.split()[0] == f"{guess['probability']:.1%}"
 
 
@@ -232,6 +235,95 @@ def test_probabilities_are_the_softmax_of_the_logits() -> None:
     guesses = classify(model, image, count=100)
     assert [guess.name for guess in guesses] == [FINE_NAMES[fine] for fine in expected.argsort(descending=True)]
     torch.testing.assert_close(torch.tensor([guess.probability for guess in guesses]), expected.sort().values.flip(0))
+
+
+def test_a_temperature_divides_the_logits_and_keeps_the_order(tmp_path: Path) -> None:
+    torch.manual_seed(0)
+    model, image = create_model("mlp", widths=(8,)).eval(), torch.randint(256, (3, 32, 32), dtype=torch.uint8)
+    save_model(model, tmp_path / "x.safetensors")
+    before = classify(load_model(tmp_path / "x.safetensors"), image, count=100)
+    (tmp_path / "x.safetensors").write_bytes(labeled(tmp_path / "x.safetensors", temperature=0.25))
+    after = classify(load_model(tmp_path / "x.safetensors"), image, count=100)
+    powers = [guess.probability ** 4 for guess in before]
+    assert [guess.probability for guess in after] == pytest.approx([power / sum(powers) for power in powers])
+    assert [guess.name for guess in after] == [guess.name for guess in before]
+
+
+def test_below_half_the_answer_is_not_sure_and_says_if_calibrated(
+    results_dir: Path, tmp_path: Path, halves: Image.Image, capsys: pytest.CaptureFixture[str]
+) -> None:
+    halves.save(tmp_path / "x.png")
+    path = shutil.copy(results_dir / "mine" / "model.safetensors", tmp_path / "x.safetensors")
+    for temperature, sure in ((0.002, True), (5.0, False)):
+        path.write_bytes(labeled(path, temperature=temperature))
+        _, (answer,) = run_json(results_dir, capsys, tmp_path / "x.png", "--model", path)
+        assert answer["sure"] is sure is (answer["guesses"][0]["probability"] >= SURE)
+        assert run(results_dir, tmp_path / "x.png", "--model", path) == 0
+        text = capsys.readouterr().out
+        assert ("not sure: the first guess is below 50%" in text) is not sure
+        assert "not calibrated" not in text
+    assert f"below\n{SURE:.0%}" in predict.__doc__ and f"below {SURE:.0%}" in (ROOT / "README.md").read_text("utf-8")
+
+
+@pytest.mark.parametrize("size", [(90, 30), (30, 90)])
+@pytest.mark.parametrize("mode", ["RGB", "L", "P", "RGBA", "I;16", "F"])
+def test_squeezing_keeps_what_cropping_cuts_off(tmp_path: Path, size: tuple[int, int], mode: str) -> None:
+    image = Image.new("RGB", size, "white")
+    image.paste("black", (0, 0, size[0] // 3, size[1]) if size[0] > size[1] else (0, 0, size[0], size[1] // 3))
+    image = image.convert("L").convert("I").point(lambda level: level * 257).convert(mode) if mode == "I;16" \
+        else image.convert("L").convert(mode) if mode == "F" else image.convert(mode)
+    image.save(tmp_path / "x.tif")
+    cropped, squeezed = read_image(tmp_path / "x.tif"), read_image(tmp_path / "x.tif", squeeze=True)
+    assert cropped.float().mean() > 245 or mode == "F"
+    dark = squeezed[:, :, :9] if size[0] > size[1] else squeezed[:, :9]
+    light = squeezed[:, :, 13:] if size[0] > size[1] else squeezed[:, 13:]
+    assert int(dark.max()) < 10 and int(light.min()) > 245
+
+
+def test_a_squeezed_photograph_is_upright(tmp_path: Path, halves: Image.Image) -> None:
+    exif = Image.Exif()
+    exif[0x0112] = 6  # stored turned by 90 degrees
+    halves.resize((64, 200)).transpose(Image.Transpose.ROTATE_90).save(tmp_path / "x.jpg", exif=exif)
+    image = read_image(tmp_path / "x.jpg", squeeze=True)
+    assert near(color(image, 4, 16), RED, within=25) and near(color(image, 28, 16), BLUE, within=25)
+
+
+def test_show_writes_the_pixels_that_the_network_saw(
+    results_dir: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    noise = np.random.default_rng(0).integers(0, 256, (70, 90, 3), dtype=np.uint8)
+    (tmp_path / "elsewhere").mkdir()
+    Image.fromarray(noise).save(tmp_path / "elsewhere" / "cat.png")
+    monkeypatch.chdir(tmp_path)
+    for flags, name in (((), "cat-32x32.png"), (("--squeeze",), "cat-squeezed-32x32.png")):
+        assert run(results_dir, "elsewhere/cat.png", "--show", *flags) == 0
+        assert f"\n  the network saw {name}\n" in capsys.readouterr().out
+        with Image.open(name) as image:
+            shown = torch.from_numpy(np.array(image)).permute(2, 0, 1)
+        assert torch.equal(shown, read_image("elsewhere/cat.png", squeeze=bool(flags)))
+        assert torch.equal(shown, read_image(name))  # so it can be classified itself
+    _, (answer,) = run_json(results_dir, capsys, "elsewhere/cat.png", "--show")  # the same pixels again
+    assert answer["shown"] == "cat-32x32.png"
+
+
+@pytest.mark.parametrize("kind", ["file", "folder", "link"])
+def test_show_replaces_nothing(
+    results_dir: Path, tmp_path: Path, halves: Image.Image, kind: str, monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    halves.save("x.png")
+    target = tmp_path / "x-32x32.png"
+    if kind == "file":
+        target.write_bytes(b"precious")
+    elif kind == "folder":
+        target.mkdir()
+    else:
+        target.symlink_to(tmp_path / "nowhere")
+    assert run(results_dir, "x.png", "--show") == 1
+    assert error_line(capsys).startswith("error: x-32x32.png exists and is another image: move it away")
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["x-32x32.png", "x.png"]
+    assert kind != "file" or target.read_bytes() == b"precious"
 
 
 @pytest.mark.parametrize(("image", "words"), [
@@ -274,7 +366,7 @@ def test_files_of_a_folder_that_are_left_out_are_counted(
     (line,) = captured.err.splitlines()
     assert line.startswith(f"warning: {folder}: skipped ") and "2 .heic" in line and "\x1b" not in line
     assert all(f"1 {kind}" in line for kind in (".mpg", ".h5", ".eps", ".wmf", "nameless", "subfolder"))
-    assert len(captured.out.splitlines()) == 7
+    assert len(captured.out.splitlines()) == 8
     (folder / "x.png").unlink()
     status, (answer,) = run_json(results_dir, capsys, folder)
     assert status == 1 and "contains no images: skipped" in answer["error"] and "2 .heic" in answer["error"]
@@ -333,7 +425,7 @@ def test_a_folder_stands_for_the_images_in_it(
     (tmp_path / "broken.png").write_bytes(b"not this either")
     status, given = run_json(results_dir, capsys, tmp_path)
     assert [Path(answer["file"]).name for answer in given] == ["a.JPG", "b.png", "broken.png"]
-    assert [set(answer) - {"file"} for answer in given] == [{"guesses"}, {"guesses"}, {"error"}]
+    assert [set(answer) - {"file"} for answer in given] == [{"sure", "guesses"}, {"sure", "guesses"}, {"error"}]
     assert status == 1
 
 
@@ -349,7 +441,7 @@ def test_a_bad_file_is_one_error_line_and_others_go_on(
         captured = capsys.readouterr()
         assert captured.err.startswith(f"error: {tmp_path}") and captured.err.count("\n") == 1
         assert "\x1b" not in captured.err and "Traceback" not in captured.err
-        assert len(captured.out.splitlines()) == 7
+        assert len(captured.out.splitlines()) == 8
 
 
 def bomb(width: int, height: int) -> bytes:
@@ -542,7 +634,9 @@ def test_unusable_weights_are_one_error_line(
 
 
 @pytest.mark.parametrize("words", [(), ("x.png", "--export", "y.onnx"), ("--export", "y.onnx", "--json"),
-                                   ("--export", "y.onnx", "--device", "cpu"), ("x.png", "--device", "tpu")])
+                                   ("--export", "y.onnx", "--device", "cpu"), ("x.png", "--device", "tpu"),
+                                   ("--export", "y.onnx", "--show"), ("--export", "y.onnx", "--squeeze"),
+                                   ("x.png", "--center-crop", "--squeeze")])
 def test_a_contradictory_command_is_one_error_line(
     results_dir: Path, words: tuple[str, ...], capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -576,7 +670,8 @@ def test_an_export_gives_the_same_logits_for_any_batch(
         (logits,) = session.run(["logits"], {"images": images.numpy()})
         with torch.no_grad():
             torch.testing.assert_close(torch.from_numpy(logits), model(images), rtol=1e-4, atol=1e-4)
-    assert session.get_modelmeta().custom_metadata_map["classes"].split() == list(FINE_NAMES)
+    facts = session.get_modelmeta().custom_metadata_map
+    assert facts["classes"].split() == list(FINE_NAMES) and facts["temperature"] == "1.0"
     assert str(ROOT).encode() not in (tmp_path / "x.onnx").read_bytes()
     assert sorted(path.name for path in tmp_path.iterdir()) == ["x.onnx", "x.safetensors"]
 
