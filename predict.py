@@ -9,7 +9,7 @@
 Images may have any size and nearly any format. For a folder, all images in it are classified, without those in
 subfolders; one line on stderr counts the files that are left out. Only the center square of an image is used, unless
 you --squeeze it. --show writes those 32x32 pixels to the current folder, as cat-32x32.png or cat-squeezed-32x32.png;
-it replaces no other image. The exit status is 0 if all images were classified, and 1 if some could not be; each of
+it overwrites no other file. The exit status is 0 if all images were classified, and 1 if some could not be; each of
 those has a line on stderr.
 
 The answer is always one of CIFAR-100's classes, whatever the image shows. It is "not sure" if the first guess is below

@@ -10,6 +10,7 @@ from pathlib import Path
 import pytest
 import torch
 
+from models import load_model
 from tests.helpers import ROOT, read_json
 from utils import FINE_NAMES
 
@@ -64,7 +65,6 @@ def test_a_program_loads_a_network_beyond_its_own_modules(hub_archive: Path, tmp
                           capture_output=True, timeout=100, env={**os.environ, "PYTHONPATH": ""})
     assert done.returncode == 0, done.stderr
     found = json.loads(done.stdout)
-    from models import load_model
     model = load_model(ROOT / "results" / "published" / "fast-s0" / "model.safetensors")
     with torch.no_grad():
         logits = model(torch.rand(2, 3, 32, 32, generator=torch.Generator().manual_seed(0)))
