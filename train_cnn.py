@@ -20,8 +20,7 @@ from common.errors import UserError
 from models import create_model
 from training.distributed import join_processes
 from training.flags import parse_command_line
-from training.hardware import choose_precision, prepare_device
-from training.loop import new_model, train
+from training.loop import prepare, train
 from training.overfit import overfit_batch
 from training.run_folder import create_run, resume_run
 from training.settings import Script, Settings, setting, show
@@ -79,6 +78,10 @@ OVERFIT: dict[str, Any] = dict(
 )
 
 
+# By recipe: what to try after it.
+AFTER = {"fast": "python train_cnn.py --recipe strong", "original": "python train_cnn.py"}
+
+
 def build_model(settings: CNNSettings, num_outputs: int = 100) -> nn.Module:
     """The network of `settings` with random weights, at its final image size."""
     side = settings.side_in(settings.epochs - 1)
@@ -90,7 +93,7 @@ def build_model(settings: CNNSettings, num_outputs: int = 100) -> nn.Module:
     return create_model(settings.model, **arguments[settings.model], num_classes=num_outputs)
 
 
-SCRIPT = Script("train_cnn.py", __doc__, CNNSettings, RECIPES, OVERFIT, build_model)
+SCRIPT = Script("train_cnn.py", __doc__, CNNSettings, RECIPES, OVERFIT, build_model, AFTER)
 
 # ---- The run --------------------------------------------------------------------------------------------------------
 
@@ -106,18 +109,19 @@ def main(argv: list[str] | None = None) -> int:
         resumed = resume_run(SCRIPT, options, processes) if options.resume else None
         settings = resumed.settings if resumed else options.settings
         processes.require_batch(settings.batch_size)
+        if not options.quiet:
+            processes.say(f"loading {settings.dataset}")
         with processes.first_goes_ahead():  # it downloads the dataset if that is missing
             train_split, val_split = load_cifar100(
                 settings.data_folder, train_on_all=settings.train_on_all, use_synthetic=settings.synthetic)
 
-        # One run per seed. The first one settles what is "auto", so all of them share a device and a precision.
+        # One run per seed. The first one settles what is "auto", so all of them share device, precision and threads.
         for seed in (settings.seed,) if resumed else options.seeds:
-            settings = prepare_device(replace(settings, seed=seed))
-            model = new_model(SCRIPT, settings, train_split)
-            settings = choose_precision(model, train_split, settings, processes)
+            settings = replace(settings, seed=seed)
+            model, settings, reasons = prepare(SCRIPT, settings, train_split, processes, quiet=options.quiet)
             with resumed or create_run(SCRIPT, options, settings, processes) as run:
                 if not run.finished:
-                    run.print_start(len(train_split))
+                    run.print_start(len(train_split), reasons)
                     train(model, train_split, val_split, run, processes=processes, quiet=options.quiet)
                 run.print_result()
     return 0

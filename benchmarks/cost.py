@@ -46,7 +46,7 @@ def measure(script: Script, recipe: str, data_dir: str, *, synthetic: bool) -> d
     train_split, val_split = load_cifar100(data_dir, use_synthetic=synthetic)
     short = replace(settings, epochs=EPOCHS_PER_SIDE * len(sides), checkpoint_every=0.1, refresh_norms=0)
     model = new_model(script, short, train_split)
-    short = choose_precision(model, train_split, short, ALONE)
+    short, _ = choose_precision(model, train_split, short, ALONE)
     some = torch.arange(min(IMAGES, len(train_split)))
     seconds: dict[int | None, float] = {}
 

@@ -159,7 +159,7 @@ def measure(everyone: list[Contestant], split: Split, precision: str, device: st
     for contestant in everyone:
         contestant.settings = replace(contestant.settings, device=settings.device, threads=settings.threads)
         contestant.model = fit_and_place(contestant.model, split, contestant.settings)
-    precision = choose_precision(everyone[0].model, split, settings, ALONE).precision
+    precision = choose_precision(everyone[0].model, split, settings, ALONE)[0].precision
     steps = {}
     for contestant in everyone:
         contestant.settings = replace(contestant.settings, precision=precision)

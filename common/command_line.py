@@ -105,7 +105,8 @@ def _absolute_or_empty(text: str) -> str:
 def next_command(command: str, results_dir: Path) -> str:
     """`command` as it is typed in the current folder, with `--results-dir` where that is not the default."""
     here = os.path.samefile(os.curdir, ROOT)  # works in a folder that is gone, unlike Path.cwd
-    words = [word if here or not word.endswith(".py") else str(ROOT / word) for word in shlex.split(command)]
+    ours = (".py", ".png")  # scripts, and the image that is classified first
+    words = [str(ROOT / word) if word.endswith(ours) and not here else word for word in shlex.split(command)]
     where = [] if results_dir.resolve() == RESULTS_DIR else ["--results-dir", str(results_dir)]
     return shlex.join([*words, *where])
 

@@ -16,7 +16,7 @@ from utils import FINE_NAMES, load_cifar100
 
 RECORDED = ("config.json", "metrics.csv", "loss.png", "result.json")
 MAX_WEIGHTS_BYTES = 25_000_000
-MAY_DIFFER = ("seed", "threads", "data_dir", "checkpoint_every")  # between the runs of a recipe
+MAY_DIFFER = ("seed", "threads", "data_dir", "checkpoint_every", "tensorboard")  # between the runs of a recipe
 CALIBRATION = "calibration"  # folder, below the published runs, of logits on the validation set
 
 

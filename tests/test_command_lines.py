@@ -191,7 +191,7 @@ def small_world(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
             patch.setattr(module, "provenance", known_provenance)
         for module in (hardware, loop):
             patch.setattr(module, "machine_facts", lambda device: facts)
-        patch.setattr(hardware, "seconds_per_call", lambda function, budget: (function(), 1.0)[1])
+        patch.setattr(hardware, "seconds_per_call", lambda function, budget, enough=1.0: (function(), 1.0)[1])
         patch.setattr(sanity_checks, "TRAIN_IMAGES", 100)
         patch.setattr(run_folder, "learning_curves", lambda *arguments, **options: None)
         for module in (run_folder, overfit, explore, sanity_checks, tune):
@@ -217,10 +217,11 @@ def no_network(folder: Path) -> None:
 def without_work(monkeypatch: pytest.MonkeyPatch) -> None:
     """Commands end where their work would begin."""
     outcome = overfit.Outcome("a loss", (2.0, 1.0), 1, 2)
-    for module in (train_mlp, train_cnn, overfit, tune):
+    for module in (loop, overfit, tune):
         monkeypatch.setattr(module, "new_model", check_model)
-    for module in (train_mlp, train_cnn, tune):
-        monkeypatch.setattr(module, "choose_precision", lambda model, split, chosen, processes: chosen)
+    for module in (loop, tune):
+        monkeypatch.setattr(module, "choose_precision", lambda model, split, chosen, processes: (chosen, ""))
+    monkeypatch.setattr(loop, "choose_threads", lambda model, split, chosen, **options: (chosen, ""))
     for module in (train_mlp, train_cnn):
         monkeypatch.setattr(module, "train", train_nothing)
     monkeypatch.setattr(overfit, "memorize", lambda *arguments, **options: outcome)

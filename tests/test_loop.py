@@ -86,17 +86,17 @@ def test_forward_flops_are_two_per_weight_of_a_matrix(widths: tuple[int, ...]) -
 
 
 def test_choosing_a_precision_leaves_the_model_unchanged(monkeypatch: pytest.MonkeyPatch) -> None:
-    measure = hardware.seconds_per_call
-    monkeypatch.setattr(hardware, "seconds_per_call", lambda step, budget: measure(step, budget=0.01))
+    monkeypatch.setattr(hardware, "TRIAL_SECONDS", 0.01)
     model = create_model("mlp", widths=(16,))
     before = {name: tensor.clone() for name, tensor in model.state_dict().items()}
     split, _ = load_cifar100("", use_synthetic=True)
-    chosen = choose_precision(model, split, MLPSettings(device="cpu", batch_size=100), ALONE)
+    chosen, reason = choose_precision(model, split, MLPSettings(device="cpu", batch_size=100), ALONE)
     assert chosen.precision in ("float32", "bfloat16")
+    assert reason.startswith(f"{chosen.precision} is ")
     assert all(torch.equal(tensor, before[name]) for name, tensor in model.state_dict().items())
     assert all(parameter.grad is None for parameter in model.parameters())
     given = MLPSettings(device="cpu", precision="bfloat16")
-    assert choose_precision(model, split, given, ALONE) == given
+    assert choose_precision(model, split, given, ALONE) == (given, "")
 
 
 def test_mixup_mixes_images_and_labels_alike() -> None:
@@ -189,10 +189,11 @@ def test_resuming_a_finished_run_only_prints_its_result(finished: Path, capsys: 
     same = ("--epochs", "4", "--seed", "0", "--synthetic", "--device", "auto", "--checkpoint-every", "9")
     for flags in ((), same):
         assert resume(finished, "mlp-s0", *flags) == 0
-        first, second = capsys.readouterr().out.splitlines()
+        first, second, third = capsys.readouterr().out.splitlines()
         result = read_json(finished / "mlp-s0" / "result.json")
         assert first.startswith("mlp-s0 is finished") and f"validation accuracy {result['val_acc']:.2f}%" in first
-        assert "python evaluate.py mlp-s0" in second
+        assert Path(second.removeprefix("learning curves: ")).samefile(finished / "mlp-s0" / "loss.png")
+        assert "python utils.py" in third  # a run on synthetic images needs real ones next
     assert (finished / "mlp-s0" / "metrics.csv").stat().st_mtime_ns == before
 
 
@@ -383,7 +384,8 @@ def test_the_command_of_a_signal_works_from_anywhere(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     monkeypatch.chdir(tmp_path)
-    assert interrupted_after(monkeypatch, 3, lambda: train_tiny(Path("some runs"), "--epochs", "1")) == 130
+    assert interrupted_after(monkeypatch, 3, lambda: train_tiny(Path("some runs"), "--epochs", "1", "--train-on-all")) \
+        == 130
     (tmp_path / "other").mkdir()
     monkeypatch.chdir(tmp_path / "other")
     words = shlex.split(capsys.readouterr().out.splitlines()[-1].split("; resume with: ")[1])
@@ -402,7 +404,7 @@ def test_the_next_command_names_the_data_folder(
         run.finish(create_model("mlp", widths=(8,)), [dict.fromkeys(METRICS, 1.0)],
                    {"val_acc": 1.0, "train_seconds": 1.0, "train_flops": 1, "images_per_second": 1.0})
         run.print_result()
-    words = shlex.split(capsys.readouterr().out.splitlines()[-1].split("test set: ")[1])
+    words = shlex.split(capsys.readouterr().out.splitlines()[-1].split("try next: ")[1])
     assert words[words.index("--data-dir") + 1] == str(tmp_path / "my data")
     assert read_json(tmp_path / "mlp-s0" / "config.json")["settings"]["data_dir"] == str(tmp_path / "my data")
 

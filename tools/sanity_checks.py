@@ -391,7 +391,8 @@ def make_subject(name: str, seed: int, synthetic: bool, train_split: Split, val_
     settings = prepare_device(network.script.recipe_settings(network.recipe, **network.changes, seed=seed,
                                                              synthetic=synthetic, device="cpu"))
     subject = Subject(name, network, settings, train_split, val_split)
-    return replace(subject, settings=choose_precision(subject.fresh(settings), train_split, settings, ALONE))
+    settings, _ = choose_precision(subject.fresh(settings), train_split, settings, ALONE)
+    return replace(subject, settings=settings)
 
 
 def check_network(subject: Subject, results_dir: Path) -> bool:

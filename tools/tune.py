@@ -215,7 +215,7 @@ def run_trials(study: Any, search: Search, base: Settings, trials: int, minutes:
     train_split, val_split = load_cifar100(base.data_folder, use_synthetic=base.synthetic)
     base = prepare_device(base)
     model = new_model(search.script, base, train_split)
-    base = choose_precision(model, train_split, base, ALONE)
+    base, _ = choose_precision(model, train_split, base, ALONE)
     print(f"{trials} trials of {base.epochs} epochs on {len(train_split):,} {base.dataset}, {base.precision} on "
           f"{base.device} with {base.threads} threads; accuracy is measured on {len(val_split):,} validation images",
           flush=True)

@@ -18,7 +18,7 @@ import torch.distributed as dist
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
-from common.command_line import launched
+from common.command_line import launched, say
 from common.errors import UserError
 
 Value = TypeVar("Value")
@@ -40,6 +40,11 @@ class Processes:
         if self.count > 1 and batch_size <= 2 * self.count:
             raise UserError(f"--batch-size must be above {2 * self.count} with {self.count} processes, "
                             f"not {batch_size}")
+
+    def say(self, line: str) -> None:
+        """Print a line at once, in process 0 only."""
+        if self.is_first:
+            say(line)
 
     def part(self, batch: Tensor) -> Tensor:
         """This process's rows of a batch; the parts differ by at most one row."""

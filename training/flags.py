@@ -12,6 +12,7 @@ from common.errors import UserError
 from common.files import RESULTS_DIR, read_json
 from common.run_files import find_run
 from common.text import flops_text
+from training.events import require_tensorboard
 from training.losses import LOSSES
 from training.settings import Script, Settings, flag_of, show, words_for
 
@@ -58,6 +59,8 @@ def parse_command_line(script: Script, argv: list[str] | None = None) -> Options
     given |= {name: getattr(settings, name) for name in given}
     for seed in seeds:
         dataclasses.replace(settings, seed=seed)  # refuse a bad seed now, not after the runs before it
+    if settings.tensorboard:
+        require_tensorboard()
     options = Options(settings=settings, given=given, seeds=seeds, **control)
     _refuse_without_effect(options)
     return options
@@ -101,7 +104,7 @@ def _make_parser(script: Script) -> argparse.ArgumentParser:
             options |= {"type": type(value), "metavar": {int: "N", float: "X", str: "PATH"}[type(value)]}
         group.add_argument(flag_of(f.name), **options)
     parser.add_results_dir()
-    parser.add_argument("--quiet", action="store_true", help="no progress bar, only one line per epoch")
+    parser.add_argument("--quiet", action="store_true", help="no progress, only one line per epoch")
     parser.add_argument("--loss", choices=LOSSES, metavar="|".join(LOSSES),
                         help="with --overfit-batch: try only this loss besides cross-entropy (default: all of them)")
     one_of = parser.add_argument_group("runs, at most one of these").add_mutually_exclusive_group()

@@ -1,19 +1,21 @@
 """The machine a training runs on: its device, its fastest arithmetic, its speed and its memory."""
 
 import copy
+import math
 import os
 import platform
 import subprocess
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import replace
 from functools import cache, partial
 from typing import Any
 
 import torch
 import torch.nn.functional as F
-from torch import Tensor, nn
+from torch import nn
 
 from common.devices import choose_device
 from common.errors import UserError
@@ -21,8 +23,14 @@ from training.distributed import Processes
 from training.settings import Settings
 from utils import Split, to_float
 
-TRIAL_IMAGES = (32, 256)  # the small batch suffices if one precision is far slower
-DECISIVE_RATIO = 4.0  # of the times of two precisions: no larger batch is timed above it
+TRIAL_IMAGES = (16, 128)  # the small batch suffices if one precision is clearly faster
+TRIAL_SECONDS = 0.25  # for each way to compute that is timed
+BFLOAT16_WINS = 1.5  # times as fast on a small batch: its gain only grows with the batch
+FAR_SLOWER = 4.0  # times as slow: nothing more needs to be timed
+FIRST_CALL = 1.0  # seconds that may pass before the first result, since PyTorch prepares much in a first call
+THREADS_IMAGES = 64  # of a step that is timed with one thread and with all
+SHORT_STEP = 0.02  # seconds with one thread; a longer step is worth all cores
+CLEARLY = 1.1  # times as fast: more than the noise
 BYTES_PER_PARAMETER = 12  # at least: float32 value, gradient and momentum
 
 
@@ -69,44 +77,92 @@ def _total_memory(device: str) -> int | None:
     return pages * size if min(pages, size) > 0 else None  # -1: unknown
 
 
-def choose_precision(model: nn.Module, split: Split, settings: Settings, processes: Processes) -> Settings:
-    """Settings with a precision instead of "auto": bfloat16 on a GPU, and on a CPU whichever trains `model` faster.
+def choose_precision(
+    model: nn.Module, split: Split, settings: Settings, processes: Processes
+) -> tuple[Settings, str]:
+    """Settings with a precision instead of "auto", and the reason: bfloat16 on a GPU, the faster one on a CPU.
 
-    Both are timed, because processors with and without bfloat16 instructions differ by a factor of 50.
+    Both are timed, because processors with and without bfloat16 instructions differ by a factor of 50. One thread does
+    it: with several, a busy machine would take many times as long.
     """
     if settings.precision != "auto":
-        return settings
+        return settings, ""
     if settings.device != "cpu":
-        return replace(settings, precision="bfloat16" if settings.device == "cuda" else "float32")
-    fastest = _fastest_precision(model, split, settings.batch_size) if processes.is_first else ""
-    return replace(settings, precision=processes.from_first(fastest))
+        return replace(settings, precision="bfloat16" if settings.device == "cuda" else "float32"), ""
+    found = _faster_precision(model, split, settings.batch_size) if processes.is_first else ("", "")
+    precision, reason = processes.from_first(found)
+    return replace(settings, precision=precision), reason
 
 
-def _fastest_precision(model: nn.Module, split: Split, batch_size: int) -> str:
+def _faster_precision(model: nn.Module, split: Split, batch_size: int) -> tuple[str, str]:
     trial = copy.deepcopy(model).train()
+    with _one_thread():
+        for images in TRIAL_IMAGES:
+            step = partial(_trial_step, trial, split, min(batch_size, images))
+            float32 = seconds_per_call(partial(step, "float32"), TRIAL_SECONDS)
+            bfloat16 = seconds_per_call(partial(step, "bfloat16"), TRIAL_SECONDS,
+                                        enough=max(FIRST_CALL, FAR_SLOWER * float32))
+            if float32 > BFLOAT16_WINS * bfloat16 or bfloat16 > FAR_SLOWER * float32:
+                break
+    faster, slower = ("bfloat16", "float32") if bfloat16 < float32 else ("float32", "bfloat16")
+    ratio = max(float32, bfloat16) / min(float32, bfloat16)
+    return faster, f"{faster} is {ratio:.1f} times as fast as {slower} here"
 
-    def step(precision: str, images: Tensor, labels: Tensor) -> None:
-        trial.zero_grad()
-        with autocast("cpu", precision):
-            logits = trial(images.contiguous(memory_format=torch.channels_last))
-        F.cross_entropy(logits.float(), labels).backward()
 
-    for images in TRIAL_IMAGES:
-        size = min(batch_size, images)
-        batch = to_float(split.images[:size]), split.fine_labels[:size]
-        seconds = {name: seconds_per_call(partial(step, name, *batch), budget=1.0) for name in ("float32", "bfloat16")}
-        if max(seconds.values()) > DECISIVE_RATIO * min(seconds.values()):
-            break
-    return min(seconds, key=seconds.__getitem__)
+def choose_threads(model: nn.Module, split: Split, settings: Settings, *, brief: bool = False) -> tuple[Settings, str]:
+    """Settings with one thread instead of all where that is clearly faster and steps are short, and the reason.
+
+    After each of the many operations in a step, the threads wait for the slowest one, which takes long on a busy
+    machine. brief: the whole training is over so soon that the machine's load now decides, however long a step is.
+    """
+    count = settings.threads
+    if settings.device != "cpu" or count == 1:
+        return settings, ""
+    images = min(settings.batch_size, THREADS_IMAGES)
+    step = partial(_trial_step, copy.deepcopy(model).train(), split, images, settings.precision)
+    with _one_thread():
+        one = seconds_per_call(step, TRIAL_SECONDS, enough=FIRST_CALL if brief else 10 * SHORT_STEP)
+    if not brief and one * settings.batch_size / images > SHORT_STEP:
+        return settings, ""
+    every = seconds_per_call(step, TRIAL_SECONDS, enough=max(FIRST_CALL, FAR_SLOWER * one))
+    if every < CLEARLY * one:
+        return settings, ""
+    torch.set_num_threads(1)
+    return replace(settings, threads=1), f"one thread is {every / one:.1f} times as fast as {count} now"
+
+
+@contextmanager
+def _one_thread() -> Iterator[None]:
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(before)
+
+
+def _trial_step(model: nn.Module, split: Split, images: int, precision: str) -> None:
+    """The computation of a training step on a CPU, without its update."""
+    model.zero_grad()
+    with autocast("cpu", precision):
+        logits = model(to_float(split.images[:images]).contiguous(memory_format=torch.channels_last))
+    F.cross_entropy(logits.float(), split.fine_labels[:images]).backward()
 
 
 def autocast(device: torch.device | str, precision: str) -> torch.autocast:
     return torch.autocast(torch.device(device).type, torch.bfloat16, enabled=precision == "bfloat16")
 
 
-def seconds_per_call(function: Callable[[], object], budget: float) -> float:
-    """The median time of the calls that fit into `budget` seconds: at least one, after a warm-up call."""
+def seconds_per_call(function: Callable[[], object], budget: float, *, enough: float = math.inf) -> float:
+    """The median time of the calls that fit into `budget` seconds: at least one, after a warm-up call.
+
+    If the warm-up call takes more than `enough` seconds, its time is the result.
+    """
+    start = time.perf_counter()
     function()
+    first = time.perf_counter() - start
+    if first > enough:
+        return first
     times: list[float] = []
     end = time.perf_counter() + budget
     while not times or time.perf_counter() < end:
@@ -134,7 +190,7 @@ def machine_facts(device: str) -> dict[str, Any]:
     for precision in ("float32", "bfloat16"):
         if device == "mps" and precision == "bfloat16":
             continue
-        seconds = seconds_per_call(partial(step, precision), budget=0.4)
+        seconds = seconds_per_call(partial(step, precision), budget=0.15)
         facts[f"conv3x3_{precision}_gflops"] = round(flops / seconds / 1e9, 1)
     return facts
 

@@ -27,7 +27,17 @@ from models import load_model
 from models.layers import set_side
 from training.checkpoint import Optimizers, Progress, restore
 from training.distributed import ALONE, Processes, lost_process_explained
-from training.hardware import autocast, machine_facts, peak_memory, require_compiler, require_memory, synchronize
+from training.hardware import (
+    autocast,
+    choose_precision,
+    choose_threads,
+    machine_facts,
+    peak_memory,
+    prepare_device,
+    require_compiler,
+    require_memory,
+    synchronize,
+)
 from training.optimizers import make_optimizers, set_rates
 from training.run_folder import Run
 from training.settings import Script, Settings
@@ -36,6 +46,7 @@ from utils import Augmentation, Split, batches, compute_logits, derived_seed, st
 STOP_SIGNALS = ("SIGINT", "SIGTERM", "SIGHUP", "SIGUSR1")  # Ctrl-C, kill, a lost terminal, a scheduler's warning
 LOOK_EVERY = 0.5  # seconds between looks at the running loss, each of which waits for the device
 REFRESH_BATCH = 500  # images per batch when batch norm's statistics are recomputed
+BAR = "{desc} |{bar}| {percentage:.0f}% of the training{postfix}, ETA {remaining}"  # for tqdm
 INPUT_SAMPLE = 10_000  # training images from which a model fits its normalization
 
 LossFunction = Callable[[Tensor, Tensor], Tensor]
@@ -185,6 +196,30 @@ def loss_of(settings: Settings) -> LossFunction:
     return partial(F.cross_entropy, label_smoothing=settings.label_smoothing)
 
 
+def prepare(
+    script: Script, settings: Settings, split: Split, processes: Processes = ALONE, *, quiet: bool = False,
+    brief: bool = False,
+) -> tuple[nn.Module, Settings, list[str]]:
+    """A `new_model`, settings in which nothing is "auto", and the reasons for what was chosen.
+
+    brief: as in `choose_threads`. Several processes divide the cores among them already. Raises UserError as
+    `new_model` and `prepare_device` do.
+    """
+    automatic, settings = settings.threads == 0 and processes.count == 1, prepare_device(settings)
+    on_cpu = settings.device == "cpu"
+    if not quiet:
+        timed = ", and timing float32 against bfloat16" if on_cpu and settings.precision == "auto" else ""
+        processes.say(f"building the network{timed}")
+    model = new_model(script, settings, split)
+    chosen, *reasons = choose_precision(model, split, settings, processes)
+    if automatic:
+        chosen, reason = choose_threads(model, split, chosen, brief=brief)
+        reasons.append(reason)
+    if chosen.threads != settings.threads:  # it decides the last bits of the initial weights
+        model = new_model(script, chosen, split)
+    return model, chosen, [reason for reason in reasons if reason]
+
+
 def new_model(script: Script, settings: Settings, split: Split, num_outputs: int | None = None) -> nn.Module:
     """The network of `settings`, placed by `fit_and_place`, with the initial weights of its seed or of `--init-from`.
 
@@ -310,14 +345,15 @@ def summarize(model: nn.Module, rows: list[dict[str, Any]], images: int, flops: 
 
 def progress_bar(total: float, done: float, *, disable: bool) -> tqdm:
     """A bar in FLOPs rather than steps, because a step at 32 px takes longer than one at 16 px; on a terminal only."""
-    return tqdm(total=total, initial=done, unit="FLOP", unit_scale=True, disable=True if disable else None,
+    return tqdm(total=total, initial=done, desc="starting", bar_format=BAR, disable=True if disable else None,
                 mininterval=LOOK_EVERY, dynamic_ncols=True)
 
 
 def show_progress(bar: tqdm, progress: Progress, settings: Settings) -> None:
+    """Show the epoch with its mean loss and speed so far."""
     rate = progress.images / max(progress.seconds, 1e-9)
     bar.set_description_str(f"epoch {progress.epoch + 1}/{settings.epochs}", refresh=False)
-    bar.set_postfix_str(f"loss {progress.loss / progress.images:.3f}, {rate:,.0f} images/s")
+    bar.set_postfix_str(f"{rate:,.0f} images/s, loss {progress.loss / progress.images:.2f}")
 
 
 class StopRequest:

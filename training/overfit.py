@@ -11,19 +11,20 @@ import torch
 from torch import Tensor, nn
 from tqdm import tqdm
 
-from common.command_line import launched
+from common.command_line import launched, say
 from common.errors import UserError
 from common.files import write_csv, write_json
 from common.plotting import new_figure, only_warning, save_figure
 from common.text import overfit_table
 from training.flags import Options
-from training.hardware import prepare_device
-from training.loop import new_model, training_step
+from training.loop import new_model, prepare, training_step
 from training.losses import LOSSES, Loss
 from training.optimizers import make_optimizers, set_rates
 from training.run_folder import provenance
-from training.settings import Script, Settings
+from training.settings import Script, Settings, machine_words
 from utils import Augmentation, Split, batches, load_cifar100
+
+BAR = "{desc} |{bar}| {n_fmt}/{total_fmt} steps{postfix}, ETA {remaining}"  # for tqdm
 
 
 @dataclass(frozen=True)
@@ -54,12 +55,16 @@ def overfit_batch(script: Script, options: Options) -> int:
     """
     if launched()[1] > 1:
         raise UserError("--overfit-batch needs a single process: start it with python, not with torchrun")
-    settings = prepare_device(options.settings)
+    settings = options.settings
     losses = {name: loss for name, loss in LOSSES.items()
               if options.loss in (None, name) or name == "cross-entropy"}
+    if not options.quiet:
+        say(f"loading {settings.dataset}")
     split, _ = load_cifar100(settings.data_folder, train_on_all=settings.train_on_all,
                              use_synthetic=settings.synthetic)
-    print(f"overfitting one batch of {settings.batch_size} {settings.dataset} for {settings.epochs} steps")
+    _, settings, reasons = prepare(script, settings, split, quiet=options.quiet, brief=True)
+    say(f"overfitting one batch of {settings.batch_size} {settings.dataset} for {settings.epochs} steps, with "
+        f"{machine_words(settings, reasons)}")
     outcomes = {name: memorize_first_batch(script, settings, loss, split, quiet=options.quiet)
                 for name, loss in losses.items()}
 
@@ -101,10 +106,12 @@ def memorize(
     optimizers = make_optimizers(model, settings)
     model.train()
     curve = []
-    for step in tqdm(range(settings.epochs), desc=loss.title, unit="step", leave=False,
-                     disable=True if quiet else None):
-        set_rates(optimizers, settings, step / settings.epochs)
-        curve.append(training_step(model, optimizers, images, labels, loss.function)[1].item())
+    with tqdm(range(settings.epochs), desc=loss.title, bar_format=BAR, dynamic_ncols=True,
+              disable=True if quiet else None) as bar:
+        for step in bar:
+            set_rates(optimizers, settings, step / settings.epochs)
+            curve.append(training_step(model, optimizers, images, labels, loss.function)[1].item())
+            bar.set_postfix_str(f"loss {curve[-1]:.3g}", refresh=False)
     with torch.no_grad():
         outputs = model(images)
     memorized = int((loss.predict(outputs) == labels).sum())

@@ -24,17 +24,19 @@ from torch import nn
 from common.command_line import next_command
 from common.devices import is_available
 from common.errors import UserError, warn
-from common.files import PARTIAL, ROOT, flush_to_disk, lock, read_json, replacing, write_csv, write_json
+from common.files import PARTIAL, RESULTS_DIR, ROOT, flush_to_disk, lock, read_json, replacing, write_csv, write_json
 from common.plotting import BLUE, ORANGE, new_figure, only_warning, save_figure
 from common.run_files import METRICS, RESERVED, find_run
-from common.text import flops_text
+from common.text import flops_text, short_path
 from models import save_model
 from training.checkpoint import Checkpoint, Optimizers, Progress, checkpoint_bytes, read_checkpoint
 from training.distributed import Processes
+from training.events import Events, require_tensorboard
 from training.flags import Options
 from training.hardware import prepare_device
-from training.settings import Script, Settings, flag_of, show
+from training.settings import Script, Settings, flag_of, machine_words, show
 
+EXAMPLE = "docs/figures/drawing.png"  # an image that everybody has
 PLOT_EVERY = 15.0  # seconds, since drawing a figure takes a good part of one
 
 
@@ -58,7 +60,7 @@ class Run:
 
     def finish(self, model: nn.Module, rows: list[dict[str, Any]], result: dict[str, Any]) -> None: ...
 
-    def print_start(self, images: int) -> None: ...
+    def print_start(self, images: int, reasons: list[str]) -> None: ...
 
     def print_result(self) -> None: ...
 
@@ -76,7 +78,8 @@ class RunFolder(Run):
     def __init__(self, folder: Path, settings: Settings, script: Script, processes: int) -> None:
         self._lock = lock(folder / ".lock",
                           in_use=f"the run {folder} is in use by another process; wait for it or stop it")
-        self.folder, self._processes = folder, processes
+        self.folder, self._script, self._processes = folder, script, processes
+        self._events: Events | None = None
         self.checkpoint_path = folder / "checkpoint.safetensors"
         self.previous_path = folder / "checkpoint-previous.safetensors"
         self.weights_path = folder / "model.safetensors"
@@ -89,6 +92,8 @@ class RunFolder(Run):
                 partial.unlink()
 
     def __exit__(self, *exception: object) -> None:
+        if self._events:
+            self._events.close()
         self._lock.release()
 
     @classmethod
@@ -164,6 +169,8 @@ class RunFolder(Run):
         init_from = "" if started else before.init_from  # a checkpoint holds the weights: those are not needed any more
         self.settings = prepare_device(
             dataclasses.replace(before, **{"device": device, "init_from": init_from, **changes}))
+        if self.settings.tensorboard and not self.finished:
+            require_tensorboard()
         moved = [f"{flag_of(name)} {show(new)} instead of {show(old)}" for name in ("device", "threads", "compile")
                  if (new := getattr(self.settings, name)) != (old := getattr(before, name))]
         if moved and not self.finished:
@@ -212,8 +219,11 @@ class RunFolder(Run):
                                 f"now has {show(current[f.name])}: restore it")
 
     def log(self, rows: list[dict[str, Any]]) -> None:
-        """Write all epochs so far to `metrics.csv` and draw them."""
+        """Write all epochs so far to `metrics.csv`, and to TensorBoard's file if wanted, and draw them."""
         write_csv(self.folder / "metrics.csv", METRICS, ([row[name] for name in METRICS] for row in rows))
+        if self.settings.tensorboard:
+            self._events = self._events or Events(self.folder)
+            self._events.write(rows)
         if time.monotonic() - self._last_plot >= PLOT_EVERY:
             self._plot(rows)
 
@@ -234,19 +244,15 @@ class RunFolder(Run):
         self.previous_path.unlink(missing_ok=True)
         write_json(self.result_path, result)
 
-    def print_start(self, images: int) -> None:
-        """Say what is trained on `images` images per epoch, and where it is kept."""
-        settings, processes = self.settings, self._processes
-        each = f"{processes} processes, each " if processes > 1 else ""
-        print(f"{self.name}: {settings.epochs} epochs on {images:,} {settings.dataset}, {settings.precision} on "
-              f"{settings.device} with {each}{settings.threads} threads, in {self.folder}", flush=True)
+    def print_start(self, images: int, reasons: list[str]) -> None:
+        """Say what is trained on `images` images per epoch, how, for what `reasons`, and where it is kept."""
+        settings = self.settings
+        print(f"{self.name}: {settings.epochs} epochs on {images:,} {settings.dataset}, "
+              f"{machine_words(settings, reasons, self._processes)}, in {self.folder}", flush=True)
 
     def print_result(self) -> None:
         """Say what the finished run reached, and the next command. Raises UserError if result.json is damaged."""
-        result, data_dir = read_json(self.result_path), self.settings.data_dir
-        evaluate = f"python evaluate.py {shlex.quote(self.name)}"
-        if data_dir and not self.settings.synthetic:
-            evaluate += f" --data-dir {shlex.quote(data_dir)}"
+        result = read_json(self.result_path)
         try:
             accuracy = "no validation accuracy, since it was trained on all images" if result["val_acc"] is None \
                 else f"validation accuracy {result['val_acc']:.2f}%"
@@ -254,8 +260,28 @@ class RunFolder(Run):
                     f"{result['images_per_second']:,.0f} images/s")
         except (KeyError, TypeError, ValueError) as error:
             raise UserError(f"{self.result_path} is damaged; was it edited?") from error
-        print(f"{self.name} is finished: {accuracy}; {cost}\n"
-              f"measure it on the test set: {next_command(evaluate, self.folder.parent)}", flush=True)
+        figure = self.folder / "loss.png"
+        curves = [f"learning curves: {short_path(figure)}"] if figure.exists() else []
+        print("\n".join([f"{self.name} is finished: {accuracy}; {cost}", *curves, self._next_step()]), flush=True)
+
+    def _next_step(self) -> str:
+        """What to do after this run, with its command."""
+        settings, script = self.settings, self._script
+        data_dir = [] if settings.synthetic or not settings.data_dir else ["--data-dir", settings.data_dir]
+        first, recipe = next(iter(script.recipes)), settings.recipe
+        whole = script.recipe_settings(recipe).epochs if recipe in script.recipes else 0
+        if settings.train_on_all:
+            aim, words = "measure it on the test set", ["python", "evaluate.py", self.name, *data_dir]
+        elif settings.synthetic:
+            return f"get CIFAR-100, to train on real images: {next_command('python utils.py', RESULTS_DIR)}"
+        elif settings.epochs < whole:
+            named = [] if recipe == first else ["--recipe", recipe]
+            aim, words = f"train for all {whole} epochs", ["python", script.file, *named, *data_dir]
+        elif recipe in script.next_commands:
+            aim, words = "try next", [*script.next_commands[recipe].split(), *data_dir]
+        else:
+            aim, words = "classify an image with it", ["python", "predict.py", EXAMPLE, "--model", self.name]
+        return f"{aim}: {next_command(shlex.join(words), self.folder.parent)}"
 
 
 def _resume_command(script: Script, processes: int, folder: Path) -> str:

@@ -90,11 +90,15 @@ class Settings:
                             resumable=True, machine=True, one_batch=False)
     device: str = setting("auto", "where to train", choices=("auto", "cpu", "cuda", "mps"), resumable=True,
                           machine=True)
-    threads: int = setting(0, "CPU threads; 0 for PyTorch's default", low=0, high=1024, resumable=True, machine=True)
+    threads: int = setting(0, "CPU threads; 0 takes all cores, or one thread where steps are short and one is "
+                           "faster", low=0, high=1024, resumable=True, machine=True)
     data_dir: str = setting("", "folder of the dataset (default: $CIFAR100_DIR, else data/)", resumable=True,
                             machine=True)
     checkpoint_every: float = setting(2.0, "minutes between checkpoints", low=0, resumable=True, machine=True,
                                       one_batch=False)
+
+    tensorboard: bool = setting(False, "also write metrics.csv for TensorBoard, into the run's folder", resumable=True,
+                                machine=True, one_batch=False)
 
     def __post_init__(self) -> None:
         for f in dataclasses.fields(self):
@@ -121,10 +125,14 @@ class Settings:
 
     @classmethod
     def from_config(cls, values: dict[str, Any]) -> Self:
-        """The settings in a `config.json`, which has lists for tuples. Raises UserError if they do not fit."""
+        """The settings in a `config.json`, which has lists for tuples. Raises UserError if they do not fit.
+
+        An older file may lack settings that do not affect the result: they get their defaults.
+        """
         defaults = {f.name: f.default for f in dataclasses.fields(cls)}
+        optional = {f.name: f.default for f in dataclasses.fields(cls) if f.metadata["resumable"]}
         restored: dict[str, Any] = {name: tuple(value) if isinstance(value, list) else value
-                                    for name, value in values.items()}
+                                    for name, value in {**optional, **values}.items()}
         misfits = set(restored) ^ set(defaults) or {
             name for name, value in restored.items()
             if not (type(value) is type(defaults[name]) or (type(value) is int and type(defaults[name]) is float))
@@ -173,12 +181,21 @@ def words_for(name: str, value: Any) -> list[str]:
     return [flag_of(name if value else "no_" + name)] if isinstance(value, bool) else [flag_of(name), show(value)]
 
 
+def machine_words(settings: Settings, reasons: list[str], processes: int = 1) -> str:
+    """Arithmetic, device and threads as messages call them, with the `reasons` for what was chosen."""
+    each = f"{processes} processes, each " if processes > 1 else ""
+    why = f" ({'; '.join(reasons)})" if reasons else ""
+    return (f"{settings.precision} on {settings.device} with {each}{settings.threads} "
+            f"thread{'s' * (settings.threads != 1)}{why}")
+
+
 @dataclass(frozen=True)
 class Script:
     """A training script's declarations, for the shared modules, tools and benchmarks.
 
     file: its name; description: its docstring; recipes: named settings, the default first; overfit: the
-    settings that `--overfit-batch` replaces; build_model(settings, num_outputs): its network with random weights.
+    settings that `--overfit-batch` replaces; build_model(settings, num_outputs): its network with random weights;
+    next_commands: by recipe, the command to try after it.
     """
 
     file: str
@@ -187,6 +204,7 @@ class Script:
     recipes: dict[str, dict[str, Any]]
     overfit: dict[str, Any]
     build_model: Callable[[Any, int], nn.Module]
+    next_commands: dict[str, str] = field(default_factory=dict)
 
     def recipe_settings(self, recipe: str, /, **changes: Any) -> Settings:
         return self.settings_class(**{"recipe": recipe, **self.recipes[recipe], **changes})
