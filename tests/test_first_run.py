@@ -114,8 +114,8 @@ def timed_as(monkeypatch: pytest.MonkeyPatch, seconds: Callable[[str, int], floa
 
 @pytest.mark.parametrize(("bfloat16", "chosen", "reason", "sizes"), [
     (0.5, "bfloat16", "bfloat16 is 2.0 times as fast as float32 here", {16}),
-    (0.8, "bfloat16", "bfloat16 is 1.2 times as fast as float32 here", {16, 128}),
-    (3.0, "float32", "float32 is 3.0 times as fast as bfloat16 here", {16, 128}),
+    (0.8, "bfloat16", "bfloat16 is 1.2 times as fast as float32 here", {16, 256}),
+    (3.0, "float32", "float32 is 3.0 times as fast as bfloat16 here", {16, 256}),
     (50.0, "float32", "float32 is 50.0 times as fast as bfloat16 here", {16}),
 ])
 @pytest.mark.usefixtures("two_threads")

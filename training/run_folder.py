@@ -247,7 +247,7 @@ class RunFolder(Run):
     def print_start(self, images: int, reasons: list[str]) -> None:
         """Say what is trained on `images` images per epoch, how, for what `reasons`, and where it is kept."""
         settings = self.settings
-        print(f"{self.name}: {settings.epochs} epochs on {images:,} {settings.dataset}, "
+        print(f"{self.name}: {settings.epochs} epoch{'s' * (settings.epochs != 1)} on {images:,} {settings.dataset}, "
               f"{machine_words(settings, reasons, self._processes)}, in {self.folder}", flush=True)
 
     def print_result(self) -> None:
@@ -261,11 +261,12 @@ class RunFolder(Run):
         except (KeyError, TypeError, ValueError) as error:
             raise UserError(f"{self.result_path} is damaged; was it edited?") from error
         figure = self.folder / "loss.png"
-        curves = [f"learning curves: {short_path(figure)}"] if figure.exists() else []
+        shown = min(short_path(figure), str(figure), key=len)
+        curves = [f"learning curves: {shown}"] if figure.exists() else []
         print("\n".join([f"{self.name} is finished: {accuracy}; {cost}", *curves, self._next_step()]), flush=True)
 
     def _next_step(self) -> str:
-        """What to do after this run, with its command."""
+        """The thing to do after this run, with its command."""
         settings, script = self.settings, self._script
         data_dir = [] if settings.synthetic or not settings.data_dir else ["--data-dir", settings.data_dir]
         first, recipe = next(iter(script.recipes)), settings.recipe
