@@ -72,7 +72,7 @@ def test_only_the_first_process_writes_and_prints(results_dir: Path) -> None:
     assert run_names(results_dir) == ["one", "two"]
     assert len({frozenset(path.name for path in (results_dir / name).iterdir()) for name in ("one", "two")}) == 1
     one, two = ((results_dir.parent / f"{name}.out").read_text().splitlines() for name in ("one", "two"))
-    assert len(one) == len(two) == 3 + 3  # epochs, a line before and two after them
+    assert len(one) == len(two) == 3 + 4  # epochs, a line before and three after them
     assert "2 processes" in two[0]
 
 
