@@ -10,14 +10,14 @@
 """
 
 import sys
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, fields, replace
 from typing import Any
 
 from torch import nn
 
 from common.command_line import exit_status
 from common.errors import UserError
-from models import create_model
+from models import create_model, default_arguments, list_models, models_with
 from training.distributed import join_processes
 from training.flags import parse_command_line
 from training.loop import prepare, train
@@ -31,24 +31,31 @@ from utils import load_cifar100
 
 @dataclass(kw_only=True)
 class CNNSettings(Settings):
-    """The settings shared with train_mlp.py, plus the network, its arguments and its schedule of image sizes."""
+    """The settings shared with train_mlp.py, plus the network, its arguments and its schedule of image sizes.
 
-    model: str = setting("convnet", "the network", choices=("convnet", "original_cnn", "resnet18"))
-    widths: tuple[int, ...] = setting((64, 192, 384), "convnet: filters of each stage", low=1, high=4096,
-                                      needs={"model": ("convnet",)})
-    blocks: tuple[int, ...] = setting((1, 1, 2), "convnet: residual blocks of each stage", low=1, high=100,
-                                      needs={"model": ("convnet",)})
+    A network gets each of these that it has an argument for; an empty one leaves it its own default.
+    """
+
+    model: str = setting("convnet", "the network", choices=tuple(name for name in list_models() if name != "mlp"))
+    widths: tuple[int, ...] = setting((), "filters of each stage (default: the network's own)", low=1, high=4096,
+                                      needs={"model": models_with("widths")})
+    blocks: tuple[int, ...] = setting((), "residual blocks of each stage (default: the network's own)", low=1,
+                                      high=100, needs={"model": models_with("blocks")})
     sides: tuple[int, ...] = setting((32,), "sides, in pixels, that images are scaled to: each for an equal share of "
                                      "the epochs; the network keeps the last one", low=8, high=64,
-                                     needs={"model": ("convnet", "resnet18")})
+                                     needs={"model": models_with("side")})
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        if self.model == "convnet" and len(self.widths) != len(self.blocks):
-            raise UserError(f"--widths and --blocks must each have one number per stage, not {show(self.widths)} "
-                            f"and {show(self.blocks)}")
-        if self.model == "convnet" and min(self.sides) <= 2 ** len(self.widths):
-            raise UserError(f"--sides must be above {2 ** len(self.widths)}, since each of {len(self.widths)} stages "
+        if self.model != "convnet":
+            return
+        arguments = network_arguments(self)
+        widths, blocks = arguments["widths"], arguments["blocks"]
+        if len(widths) != len(blocks):
+            raise UserError(f"--widths and --blocks must each have one number per stage, not {show(widths)} "
+                            f"and {show(blocks)}")
+        if min(self.sides) <= 2 ** len(widths):
+            raise UserError(f"--sides must be above {2 ** len(widths)}, since each of {len(widths)} stages "
                             f"halves the image, not {min(self.sides)}")
 
     def side_in(self, epoch: int) -> int:
@@ -82,15 +89,17 @@ OVERFIT: dict[str, Any] = dict(
 AFTER = {"fast": "python train_cnn.py --recipe strong", "original": "python train_cnn.py"}
 
 
+def network_arguments(settings: CNNSettings) -> dict[str, Any]:
+    """All arguments of the network of `settings`, at its final image size."""
+    given = {f.name: getattr(settings, f.name) for f in fields(CNNSettings) if not hasattr(Settings, f.name)}
+    given["side"] = settings.side_in(settings.epochs - 1)
+    return {name: default if given.get(name, ()) == () else given[name]
+            for name, default in default_arguments(settings.model).items()}
+
+
 def build_model(settings: CNNSettings, num_outputs: int = 100) -> nn.Module:
-    """The network of `settings` with random weights, at its final image size."""
-    side = settings.side_in(settings.epochs - 1)
-    arguments: dict[str, dict[str, Any]] = {
-        "convnet": dict(widths=settings.widths, blocks=settings.blocks, side=side),
-        "original_cnn": {},
-        "resnet18": dict(side=side),
-    }
-    return create_model(settings.model, **arguments[settings.model], num_classes=num_outputs)
+    """The network of `settings` with random weights."""
+    return create_model(settings.model, **{**network_arguments(settings), "num_classes": num_outputs})
 
 
 SCRIPT = Script("train_cnn.py", __doc__, CNNSettings, RECIPES, OVERFIT, build_model, AFTER)

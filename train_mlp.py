@@ -29,7 +29,7 @@ from utils import load_cifar100
 
 @dataclass(kw_only=True)
 class MLPSettings(Settings):
-    """The settings shared with train_cnn.py, plus the arguments of `models.MLP`."""
+    """The settings shared with train_cnn.py, plus the arguments of `models.mlp.MLP`."""
 
     widths: tuple[int, ...] = setting((2048, 1024, 512), "units of each hidden layer", low=1, high=65536)
     side: int = setting(32, "average images down to N x N pixels first", low=1, high=32)

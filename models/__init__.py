@@ -3,13 +3,15 @@
 A network takes images, float32 [N, 3, H, W] in [0, 1], and returns logits, [N, num_classes]. It normalizes the images
 itself; `fit_inputs(images)` fits that to training images. Nothing here knows a dataset or how to train.
 
-To add a network, write it in a file of its own, import it below and give it a line in `_MODELS`. Its arguments need
-defaults and must be JSON values, since the weights file holds them; `num_classes` is one of them. Imports between the
-networks are relative: hubconf.py imports this package under another name, since many programs have their own `models`.
+To add a network, write it in a file of its own and give it a line in `_PLACES` (docs/own-network.md). Its last layer is
+called `head`. Its arguments need defaults and must be JSON values, since the weights file holds them; `num_classes` is
+one of them. Imports between the networks are relative: hubconf.py imports this package under another name, since many
+programs have their own `models`.
 """
 
 import inspect
 import json
+import pkgutil
 import warnings
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
@@ -22,16 +24,14 @@ from safetensors.torch import save
 from torch import Tensor, nn
 from torch.nn.modules.module import register_module_parameter_registration_hook
 
-from .convnet import ConvNet
-from .mlp import MLP
-from .original import OriginalCNN
-from .resnet import resnet18
-
+_PLACES = {  # by name, its module and the class or function in that
+    "mlp": "mlp:MLP",
+    "convnet": "convnet:ConvNet",
+    "original_cnn": "original:OriginalCNN",
+    "resnet18": "resnet:resnet18",
+}
 _MODELS: dict[str, Callable[..., nn.Module]] = {
-    "mlp": MLP,
-    "convnet": ConvNet,
-    "original_cnn": OriginalCNN,
-    "resnet18": resnet18,
+    name: pkgutil.resolve_name(f"{__name__}.{place}") for name, place in _PLACES.items()
 }
 MAX_HEADER_BYTES = 2**24  # of a safetensors file: the library unpacks a header to 20 times its size
 MAX_TENSORS = 10_000  # in a file; a ResNet of 1,000 layers has 6,000
@@ -50,6 +50,16 @@ class WeightsError(ValueError):
 
 def list_models() -> list[str]:
     return sorted(_MODELS)
+
+
+def default_arguments(name: str) -> dict[str, Any]:
+    """The arguments that the model `name` takes, with their defaults."""
+    return {argument.name: argument.default for argument in inspect.signature(_MODELS[name]).parameters.values()}
+
+
+def models_with(argument: str) -> tuple[str, ...]:
+    """Names of the models that take this argument."""
+    return tuple(name for name in list_models() if argument in default_arguments(name))
 
 
 def create_model(name: str, **kwargs: Any) -> nn.Module:

@@ -7,16 +7,18 @@ import math
 import signal
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+import models
 import train_cnn
 from common.command_line import exit_status
 from data import synthetic
-from models import WeightsError, create_model, list_models, load_model
+from models import WeightsError, create_model, default_arguments, list_models, load_model, save_model
 from models.convnet import Whitening
 from models.layers import Resize, set_side
 from tests.helpers import (
@@ -33,13 +35,10 @@ from tests.helpers import (
 from train_cnn import CNNSettings
 from training import loop, run_folder
 from training.optimizers import Muon, make_optimizers
+from training.settings import Settings
 from utils import load_cifar100, to_float
 
-SMALL_MODELS = {
-    "convnet": {"widths": (32, 40, 36), "blocks": (1, 2, 1), "side": 24},
-    "original_cnn": {},
-    "resnet18": {"side": 16},
-}
+SMALL_ARGUMENTS = {"widths": (32, 40, 36), "blocks": (1, 2, 1), "side": 24}
 SMALL_CONVNET = ("--widths", "8,8,12", "--blocks", "1,2,1", "--epochs", "3", "--sides", "16,18,20",
                  "--batch-size", "100")
 SMALL = {  # flags that make each recipe small
@@ -77,19 +76,24 @@ def train_small(results_dir: Path, *flags: str) -> int:
     return run_cnn(results_dir, "--synthetic", *MACHINE, *SMALL_CONVNET, *flags)
 
 
+def small_model(name: str, **arguments: Any) -> nn.Module:
+    """A network with random weights, and with those of SMALL_ARGUMENTS that it takes."""
+    taken = default_arguments(name)
+    return create_model(name, **{key: value for key, value in SMALL_ARGUMENTS.items() if key in taken}, **arguments)
+
+
 # ---- Networks -------------------------------------------------------------------------------------------------------
 
 
-def test_the_script_offers_known_models() -> None:
+def test_the_script_offers_every_model_but_the_mlp() -> None:
     choices = CNNSettings.__dataclass_fields__["model"].metadata["choices"]
-    assert set(choices) == set(SMALL_MODELS)
-    assert set(choices) <= set(list_models())
+    assert {*choices, "mlp"} == set(list_models())
 
 
-@pytest.mark.parametrize("name", SMALL_MODELS)
+@pytest.mark.parametrize("name", list_models())
 def test_every_trained_parameter_has_a_gradient(name: str, images: Tensor) -> None:
     torch.manual_seed(0)
-    model = create_model(name, **SMALL_MODELS[name])
+    model = small_model(name)
     model.fit_inputs(images)
     for module in model.modules():  # a gate starts at zero, which blocks the gradients below it
         if isinstance(module, nn.Linear):
@@ -103,11 +107,42 @@ def test_every_trained_parameter_has_a_gradient(name: str, images: Tensor) -> No
             assert parameter.grad.abs().max() > 0, parameter_name
 
 
-@pytest.mark.parametrize("name", SMALL_MODELS)
+@pytest.mark.parametrize("name", list_models())
 def test_an_image_does_not_affect_the_logits_of_others(name: str, images: Tensor) -> None:
-    model = create_model(name, **SMALL_MODELS[name]).eval()
+    model = small_model(name).eval()
     model.fit_inputs(images)
     torch.testing.assert_close(model(images)[2:3], model(images[2:3]), atol=1e-4, rtol=1e-4)
+
+
+@pytest.mark.parametrize("name", list_models())
+def test_every_network_can_be_trained_and_kept(name: str, images: Tensor, tmp_path: Path) -> None:
+    """It has a `head` for the optimizer, and its weights file holds all that its logits depend on."""
+    model = small_model(name, num_classes=7)
+    model.fit_inputs(images)
+    (optimizer,) = make_optimizers(model, CNNSettings(optimizer="adamw", lr=1e-3))
+    targets = torch.arange(7)
+    losses = [float(loop.training_step(model, [optimizer], images, targets, F.cross_entropy)[1]) for _ in range(8)]
+    assert losses[-1] < losses[0]
+    save_model(model, tmp_path / "model.safetensors")
+    torch.testing.assert_close(load_model(tmp_path / "model.safetensors")(images), model.eval()(images),
+                               atol=0.05, rtol=0.05)
+
+
+@pytest.mark.parametrize("model", ["convnet", "original_cnn", "resnet18"])
+def test_a_network_gets_the_settings_that_it_has_arguments_for(model: str) -> None:
+    plain, changed = CNNSettings(model=model), CNNSettings(model=model, widths=(8, 9), blocks=(2, 3), sides=(16, 20))
+    arguments = train_cnn.network_arguments(changed)
+    assert arguments.keys() == default_arguments(model).keys()
+    assert train_cnn.network_arguments(plain) == default_arguments(model)
+    expected = {"widths": (8, 9), "blocks": (2, 3), "side": 20, "num_classes": 100}
+    assert arguments == {name: expected[name] for name in arguments}
+
+
+def test_a_network_gets_no_setting_of_the_optimizer(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Even if it has an argument of that name."""
+    monkeypatch.setitem(models._MODELS, "convnet", lambda momentum=0.1, lr=3, widths=(5,), blocks=(1,): None)
+    arguments = train_cnn.network_arguments(CNNSettings(momentum=0.9, lr=1.0, widths=(6,)))
+    assert arguments == {"momentum": 0.1, "lr": 3, "widths": (6,), "blocks": (1,)}
 
 
 @pytest.mark.parametrize(("name", "parameters"), [("resnet18", 11_220_132), ("original_cnn", 913_924)])
@@ -145,11 +180,19 @@ def test_resizing_keeps_the_mean_and_can_be_changed(images: Tensor) -> None:
     assert model(images) is images
 
 
+def test_sides_that_a_network_cannot_take_are_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch,
+                                                      capsys: pytest.CaptureFixture[str]) -> None:
+    monkeypatch.setattr(CNNSettings, "__post_init__", Settings.__post_init__)  # which knows the limit of the convnet
+    assert train_small(tmp_path, "--widths", "8,8,8,8", "--blocks", "1,1,1,1", "--sides", "8,32") == 2
+    assert "the network cannot take images of 8 pixels" in error_line(capsys)
+    assert list(tmp_path.iterdir()) == []
+
+
 # ---- Optimizer and cost ---------------------------------------------------------------------------------------------
 
 
 def test_muon_sgd_gives_filters_to_muon_and_the_rest_to_sgd() -> None:
-    model = create_model("convnet", **SMALL_MODELS["convnet"])
+    model = small_model("convnet")
     muon, sgd = make_optimizers(model, CNNSettings(optimizer="muon-sgd", lr=0.2, other_lr=0.01, precision="float32"))
     taken = [p for group in muon.param_groups for p in group["params"]]
     left = [p for group in sgd.param_groups for p in group["params"]]
@@ -194,7 +237,7 @@ def test_refreshed_norms_match_the_current_weights() -> None:
     torch.manual_seed(0)
     split, _ = load_cifar100("", use_synthetic=True)
     split = split[torch.arange(400)]
-    model = create_model("convnet", **SMALL_MODELS["convnet"])
+    model = small_model("convnet")
     images = to_float(split.images)
     model.fit_inputs(images)
     loop.refresh_norms(model, split, 0, seed=0)
@@ -301,6 +344,7 @@ def test_a_small_batch_is_memorized(recipe: str, flags: tuple[str, ...], tmp_pat
     (("--widths", "8,8", "--blocks", "2"), "--blocks"),
     (("--widths", "8,8,8,8,8", "--blocks", "1,1,1,1,1", "--sides", "16,32"), "--sides"),
     (("--model", "original_cnn", "--widths", "8"), "--widths has no effect with --model original_cnn"),
+    (("--model", "resnet18", "--blocks", "2"), "--blocks has no effect with --model resnet18"),
     (("--recipe", "nonsense"), "--recipe"),
 ])
 def test_misuse_is_one_error_line(

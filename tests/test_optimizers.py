@@ -4,10 +4,12 @@ import pytest
 import torch
 from torch import nn
 
+from common.errors import UserError
 from models import create_model
 from train_mlp import MLPSettings
 from training import loop
 from training.optimizers import Muon, all_groups, make_optimizers, orthogonalize, rate_factor
+from training.settings import Settings
 
 
 @pytest.mark.parametrize(("schedule", "middle", "end"), [("constant", 1, 1), ("linear", 0.5, 0), ("cosine", 0.5, 0)])
@@ -95,3 +97,11 @@ def test_every_optimizer_lowers_the_loss_on_a_batch(optimizer: str) -> None:
     made, loss_function = make_optimizers(model, settings), loop.loss_of(settings)
     losses = [loop.training_step(model, made, images, labels, loss_function)[1].item() for _ in range(40)]
     assert losses[-1] < 0.5 * losses[0]
+
+
+@pytest.mark.parametrize(("optimizer", "needs"), [("muon", "hidden layers"), ("muon-sgd", "convolutions")])
+def test_muon_without_anything_to_update_is_refused(optimizer: str, needs: str) -> None:
+    model = nn.Sequential()
+    model.head = nn.Linear(3072, 100)
+    with pytest.raises(UserError, match=f"--optimizer {optimizer} needs {needs}"):
+        make_optimizers(model, Settings(optimizer=optimizer))

@@ -92,7 +92,8 @@ def _make_parser(script: Script) -> argparse.ArgumentParser:
     group = parser.add_argument_group("settings")
     for f in dataclasses.fields(defaults):
         value = getattr(defaults, f.name)
-        options: dict[str, Any] = {"help": f.metadata["help"] + (f" (default: {show(value)})" if value != "" else "")}
+        default = f" (default: {show(value)})" if value not in ("", ()) else ""
+        options: dict[str, Any] = {"help": f.metadata["help"] + default}
         choices = tuple(script.recipes) if f.name == "recipe" else f.metadata["choices"]
         if isinstance(value, bool):
             options |= {"action": argparse.BooleanOptionalAction}

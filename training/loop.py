@@ -228,6 +228,7 @@ def new_model(script: Script, settings: Settings, split: Split, num_outputs: int
     """
     outputs = len(split.fine_names) if num_outputs is None else num_outputs
     require_memory(lambda: script.build_model(settings, outputs), settings.device)
+    require_sides(script, settings)
     if settings.compile:
         require_compiler(settings.device)
     torch.manual_seed(derived_seed("init", settings.seed))
@@ -235,6 +236,19 @@ def new_model(script: Script, settings: Settings, split: Split, num_outputs: int
     if settings.init_from:
         load_weights(model, settings.init_from)
     return model
+
+
+def require_sides(script: Script, settings: Settings) -> None:
+    """Raise UserError if the network cannot take images of a side that training scales them to."""
+    with torch.device("meta"):  # shapes only
+        model, image = script.build_model(settings, 1).eval(), torch.zeros(1, 3, 32, 32)
+    for side in sorted({settings.side_in(epoch) or 0 for epoch in range(settings.epochs)}):
+        set_side(model, side or None)
+        try:
+            with torch.no_grad():
+                model(image)
+        except RuntimeError as error:
+            raise UserError(f"the network cannot take images of {side} pixels: use larger --sides ({error})") from error
 
 
 def fit_and_place(model: Any, split: Split, settings: Settings) -> nn.Module:

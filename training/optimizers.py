@@ -7,6 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from common.errors import UserError
 from training.settings import Settings
 
 WIDE = 3  # columns per row at which orthogonalizing through the Gram matrix becomes cheaper
@@ -85,7 +86,7 @@ def make_optimizers(model: nn.Module, settings: Settings) -> list[torch.optim.Op
 
     Weight decay acts on matrices and filters, not on biases and scales. "muon" updates the matrices and
     filters below `model.head`, and AdamW the rest. "muon-sgd" updates only the filters, keeping their
-    norms, and SGD the rest: biases and the head at larger rates.
+    norms, and SGD the rest: biases and the head at larger rates. Raises UserError if Muon would have nothing to update.
     """
     parameters = [p for p in model.parameters() if p.requires_grad]
     in_head = {id(p) for p in model.get_submodule("head").parameters()}
@@ -96,12 +97,12 @@ def make_optimizers(model: nn.Module, settings: Settings) -> list[torch.optim.Op
     optimizers: list[torch.optim.Optimizer]
     muon: dict[str, Any] = {"lr": settings.lr, "weight_decay": settings.weight_decay, "precision": settings.precision}
     if settings.optimizer == "muon":
-        hidden = [p for p in matrices if id(p) not in in_head]
+        hidden = _required([p for p in matrices if id(p) not in in_head], "muon needs hidden layers")
         groups[0]["params"] = [p for p in matrices if id(p) in in_head]
         optimizers = [Muon(hidden, momentum=settings.momentum, **muon),
                       torch.optim.AdamW(groups, lr=settings.other_lr)]
     elif settings.optimizer == "muon-sgd":
-        filters = [p for p in parameters if p.ndim == 4]
+        filters = _required([p for p in parameters if p.ndim == 4], "muon-sgd needs convolutions")
         small = [p for p in matrices if p.ndim < 4 and id(p) not in in_head]
         head = [p for p in matrices if id(p) in in_head]
         groups = [{"params": small, **decay},
@@ -117,6 +118,13 @@ def make_optimizers(model: nn.Module, settings: Settings) -> list[torch.optim.Op
     for group in all_groups(optimizers):
         group["peak_lr"] = group["lr"]
     return optimizers
+
+
+def _required(parameters: list[nn.Parameter], needs: str) -> list[nn.Parameter]:
+    """`parameters`, if there are any. Raises UserError that the optimizer `needs` them."""
+    if not parameters:
+        raise UserError(f"--optimizer {needs}, and this network has none: use --optimizer adamw")
+    return parameters
 
 
 def all_groups(optimizers: list[torch.optim.Optimizer]) -> list[dict[str, Any]]:

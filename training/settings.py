@@ -171,7 +171,7 @@ def flag_of(name: str) -> str:
 def show(value: Any) -> str:
     """A setting's value as you type it on the command line."""
     if isinstance(value, tuple):
-        return ",".join(map(str, value))
+        return ",".join(map(str, value)) or "(default)"
     short = f"{value:g}" if isinstance(value, float) else str(value)
     return short if not isinstance(value, float) or float(short) == value else repr(value)
 
