@@ -22,7 +22,7 @@ from common.command_line import exit_status
 from data import synthetic
 from evaluation.finished_runs import FinishedRun
 from models import load_model
-from tests.helpers import MACHINE, ROOT, after_step
+from tests.helpers import MACHINE, ROOT, after_step, train_tiny
 
 SHORT = ("--synthetic", "--batch-size", "50", "--epochs", "1", "--sides", "16", "--refresh-norms", "0", *MACHINE)
 CHECK = ("--synthetic", "--batch-size", "8", "--epochs", "60", "--sides", "16", "--loss", "cross-entropy", *MACHINE[2:])
@@ -40,6 +40,37 @@ def run_python(*words: str, cwd: Path) -> str:
                           env={**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)})
     assert done.returncode == 0, done.stdout + done.stderr
     return done.stdout
+
+
+# ---- The tour -------------------------------------------------------------------------------------------------------
+
+TOUR = ROOT / "docs" / "tour.ipynb"
+
+
+def test_the_tour_is_committed_as_it_ran() -> None:
+    """Every cell ran, in order and without an error, and the file stays small."""
+    cells = [cell for cell in json.loads(TOUR.read_text(encoding="utf-8"))["cells"] if cell["cell_type"] == "code"]
+    assert [cell["execution_count"] for cell in cells] == list(range(1, len(cells) + 1))
+    kinds = [output["output_type"] for cell in cells for output in cell["outputs"]]
+    assert "error" not in kinds and len(kinds) >= 8
+    assert TOUR.stat().st_size < 400_000
+
+
+@pytest.mark.slow
+def test_the_tour_runs(tmp_path: Path) -> None:
+    """On CIFAR-100 if it is here, else with a network trained on synthetic images."""
+    nbformat = pytest.importorskip("nbformat", reason="the notebook needs nbclient (requirements-extra.txt)")
+    nbclient = pytest.importorskip("nbclient", reason="the notebook needs nbclient (requirements-extra.txt)")
+    pytest.importorskip("ipykernel", reason="the notebook needs ipykernel (requirements-extra.txt)")
+    notebook = nbformat.read(TOUR, as_version=4)
+    if "CIFAR100_DIR" not in os.environ:
+        assert train_tiny(tmp_path, "--name", "tiny") == 0
+        (cell,) = (cell for cell in notebook.cells if 'RUN = "published/' in cell.source)
+        cell.source = re.sub('RUN = ".*"', f"RUN = {str(tmp_path / 'tiny')!r}", cell.source)
+    nbclient.NotebookClient(notebook, timeout=300, resources={"metadata": {"path": str(TOUR.parent)}}).execute()
+    pictures = [output for cell in notebook.cells for output in cell.get("outputs", ())
+                if "image/jpeg" in output.get("data", {})]
+    assert len(pictures) == 5
 
 
 # ---- Your own images ------------------------------------------------------------------------------------------------

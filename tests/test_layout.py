@@ -51,7 +51,8 @@ def room(path: Path) -> str:
 ALL = files("*.py", "*/*.py", "*/*/*.py")
 SOURCES = [path for path in ALL if room(path) != "tests"]
 DOCUMENTS = files("*.md", "docs/*.md", "data/*.md")
-TEXTS = [*ALL, *DOCUMENTS, *files("Makefile", "*.toml", "*.cff", "requirements*.txt", "evaluation/*.html")]
+TEXTS = [*ALL, *DOCUMENTS, *files("docs/*.ipynb", "Makefile", "*.toml", "*.cff", "requirements*.txt",
+                                  "evaluation/*.html")]
 
 
 @cache
