@@ -9,18 +9,11 @@ Training uses `load_cifar100`, which never reads a test image. Only evaluation u
 """
 
 import difflib
-import errno
 import hashlib
-import http.client
 import math
 import os
-import shlex
-import socket
 import sys
-import tarfile
-import tempfile
 from collections.abc import Iterator
-from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
@@ -34,46 +27,16 @@ from common.command_line import Parser, absolute_path, exit_status
 from common.errors import UserError
 from common.files import ROOT
 from data import synthetic
+from data.classes import COARSE_NAMES, COARSE_OF_FINE, FINE_NAMES, NUM_IMAGES
+from data.download import download, mirror
+from data.formats import Found, is_there, read_part
 
-SUPERCLASSES = {
-    "aquatic_mammals": "beaver dolphin otter seal whale",
-    "fish": "aquarium_fish flatfish ray shark trout",
-    "flowers": "orchid poppy rose sunflower tulip",
-    "food_containers": "bottle bowl can cup plate",
-    "fruit_and_vegetables": "apple mushroom orange pear sweet_pepper",
-    "household_electrical_devices": "clock keyboard lamp telephone television",
-    "household_furniture": "bed chair couch table wardrobe",
-    "insects": "bee beetle butterfly caterpillar cockroach",
-    "large_carnivores": "bear leopard lion tiger wolf",
-    "large_man-made_outdoor_things": "bridge castle house road skyscraper",
-    "large_natural_outdoor_scenes": "cloud forest mountain plain sea",
-    "large_omnivores_and_herbivores": "camel cattle chimpanzee elephant kangaroo",
-    "medium_mammals": "fox porcupine possum raccoon skunk",
-    "non-insect_invertebrates": "crab lobster snail spider worm",
-    "people": "baby boy girl man woman",
-    "reptiles": "crocodile dinosaur lizard snake turtle",
-    "small_mammals": "hamster mouse rabbit shrew squirrel",
-    "trees": "maple oak palm pine willow",
-    "vehicles_1": "bicycle bus motorcycle pickup_truck train",
-    "vehicles_2": "lawn_mower rocket streetcar tank tractor",
-}
-COARSE_NAMES = tuple(SUPERCLASSES)
-FINE_NAMES = tuple(sorted(" ".join(SUPERCLASSES.values()).split()))
-COARSE_OF_FINE = tuple(
-    next(coarse for coarse, names in enumerate(SUPERCLASSES.values()) if fine in names.split()) for fine in FINE_NAMES
-)
-
-NUM_IMAGES = {"train": 50_000, "test": 10_000}
 CONTENT_DIGESTS = {  # of the official files; see `content_digest`
     "train": "3795f8f205d6d1651ff2659a6044dab3379c35c127403bd96cfde2757219935b",
     "test": "ab99a27592fed27c32d9aa446c668795bde7daaa76989b5bbf0e8835f5633a02",
 }
-RECORD_BYTES = 2 + 3 * 32 * 32  # coarse label, fine label, then the red, green and blue planes
+OFFICIAL_ORDER = ROOT / "data" / "official-order.npy"  # uint16 [60000]; see `_in_official_order`
 VAL_PER_CLASS = 50
-UNPACK_AGAIN = "unpack the official archive again"  # advice at the end of messages
-BINARY_FOLDER, PYTHON_FOLDER = "cifar-100-binary", "cifar-100-python"
-PYTHON_FILES = ("meta", "train", "test")  # torchvision wants all three
-NETWORK_TIMEOUT = 30.0  # seconds without a byte after which a download has failed
 
 
 # ---- The dataset ----------------------------------------------------------------------------------------------------
@@ -130,9 +93,9 @@ def load_cifar100(
 ) -> tuple[Split, Split | None]:
     """Load the training images as (train, val): 45,000 and 5,000, or all 50,000 and None with `train_on_all`.
 
-    Looks in `data_dir` for the official binary version, then for the python version, and downloads the latter if there
-    is neither. `data_dir` may also be the folder of the files themselves. Raises UserError if files are damaged or
-    missing, the folder does not exist or cannot be used, or the download fails.
+    `data_dir` may have them in any form that `data.formats` reads; the images, their order and the split are always the
+    same. If it has none, the dataset is downloaded. Raises UserError if files are damaged or missing, the folder does
+    not exist or cannot be used, or the download fails.
     """
     if use_synthetic:
         train, val = _synthetic_split("train"), _synthetic_split("val")
@@ -161,9 +124,13 @@ def image_hashes(images: Tensor) -> np.ndarray:
 
 def content_digest(split: Split) -> str:
     """The SHA-256, in hexadecimal, of all images and their fine labels, whatever their order."""
-    labels = split.fine_labels.numpy().astype(np.uint8)
-    order = np.lexsort((labels, split.hashes))  # for equal images, the labels decide
+    labels, order = split.fine_labels.numpy().astype(np.uint8), _content_order(split)
     return hashlib.sha256(split.hashes[order].astype("<u8").tobytes() + labels[order].tobytes()).hexdigest()
+
+
+def _content_order(split: Split) -> np.ndarray:
+    """The positions of the images by hash, for equal images by label: int64 [N]."""
+    return np.lexsort((split.fine_labels.numpy(), split.hashes))
 
 
 def validation_mask(split: Split, per_class: int = VAL_PER_CLASS) -> Tensor:
@@ -189,141 +156,61 @@ def _concatenate(a: Split, b: Split) -> Split:
                  torch.cat([a.coarse_labels, b.coarse_labels]), a.fine_names, a.coarse_names)
 
 
-def _load_official(data_dir: Path, part: str) -> Split:
-    """Load `part` ("train" or "test") of CIFAR-100 from the first place that has it, or download it."""
+def _load_official(data_dir: Path, part: str, data_url: str = "") -> Split:
+    """Load `part` ("train" or "test") of CIFAR-100, or download it, from `data_url` or $CIFAR100_URL if that works."""
     data_dir = absolute_path(str(data_dir))
     try:
-        if not _is_there(data_dir):
+        if not is_there(data_dir):
             raise UserError(f"there is no folder {data_dir}{_suggestion(data_dir)}: create it to download CIFAR-100 "
                             "into it, or name another one with --data-dir or $CIFAR100_DIR")
-        for folder in _places(data_dir, BINARY_FOLDER):
-            binary = folder / f"{part}.bin"
-            if _is_there(binary):
-                return _checked(*_read_binary(binary, NUM_IMAGES[part]), part, binary)
-        for folder in _places(data_dir, PYTHON_FOLDER):
-            if all(_is_there(folder / name) for name in PYTHON_FILES):
-                return _checked(*_read_python(folder, part), part, folder)
-        _refuse_incomplete(data_dir, part)
-        with tempfile.TemporaryDirectory(prefix=".download-", dir=data_dir) as temporary:
-            _download(Path(temporary))  # moved only when complete
-            try:
-                os.replace(Path(temporary) / PYTHON_FOLDER, data_dir / PYTHON_FOLDER)
-            except OSError as error:
-                if error.errno not in (errno.EEXIST, errno.ENOTEMPTY):  # another process has put it there
-                    raise
-        return _checked(*_read_python(data_dir / PYTHON_FOLDER, part), part, data_dir / PYTHON_FOLDER)
+        found = read_part(data_dir, part)
+        if found is None:
+            url = data_url or os.environ.get("CIFAR100_URL")
+            download(data_dir, mirror(url) if url else (), _checked)
+            found = read_part(data_dir, part)
+            assert found is not None
+        return _checked(found, part)
     except OSError as error:
         raise UserError(f"cannot use the data folder {data_dir} ({error.strerror or error}): "
                         "name another one with --data-dir or $CIFAR100_DIR") from error
 
 
-def _places(data_dir: Path, name: str) -> tuple[Path, ...]:
-    """Folders that may hold the files of an archive's folder `name`: it, it unpacked into itself, `data_dir` itself."""
-    return data_dir / name, data_dir / name / name, data_dir
-
-
 def _suggestion(missing: Path) -> str:
     """A question that names the folder with the most similar name, if there is one."""
-    siblings = [path.name for path in missing.parent.iterdir() if path.is_dir()] if _is_there(missing.parent) else []
+    siblings = [path.name for path in missing.parent.iterdir() if path.is_dir()] if is_there(missing.parent) else []
     similar = difflib.get_close_matches(missing.name, siblings, n=1)
     return f" (is it {missing.parent / similar[0]}?)" if similar else ""
 
 
-def _refuse_incomplete(data_dir: Path, part: str) -> None:
-    """Raise UserError if `data_dir` has some of the files, or an archive: downloading would only hide the mistake."""
-    for name, needed in ((BINARY_FOLDER, (f"{part}.bin",)), (PYTHON_FOLDER, PYTHON_FILES)):
-        for folder in reversed(_places(data_dir, name)):
-            others = ("train.bin", "test.bin") if name == BINARY_FOLDER else ()  # `train` may be any folder
-            if _is_there(folder) and (folder.name == name or any(_is_there(folder / other) for other in others)):
-                missing = [file for file in needed if not _is_there(folder / file)]
-                raise UserError(f"{folder} has no {' and no '.join(missing)}: {UNPACK_AGAIN}")
-    for name in (BINARY_FOLDER, PYTHON_FOLDER):
-        archive = data_dir / f"{name}.tar.gz"
-        if _is_there(archive):
-            command = shlex.join(["tar", "-xzf", str(archive), "-C", str(data_dir)])
-            raise UserError(f"{archive} is not unpacked: run {command}")
-
-
-def _is_there(path: Path) -> bool:
-    """Like `Path.exists`, but raises OSError if the folder may not be read; newer Pythons return False then."""
-    try:
-        path.stat()
-    except FileNotFoundError:
-        return False
-    return True
-
-
-def _read_binary(path: Path, count: int) -> tuple[Tensor, Tensor, Tensor]:
-    """Images, uint8 [count, 3, 32, 32], fine labels and coarse labels, int64 [count], of the binary version."""
-    expected, size = count * RECORD_BYTES, path.stat().st_size
-    if size != expected:
-        raise UserError(f"{path} has {size:,} bytes instead of {expected:,}: {UNPACK_AGAIN}")
-    records = np.fromfile(path, dtype=np.uint8).reshape(count, RECORD_BYTES)
-    images = torch.from_numpy(records[:, 2:].reshape(count, 3, 32, 32))
-    coarse_labels, fine_labels = torch.from_numpy(records[:, :2].astype(np.int64).T.copy())
-    return images.contiguous(), fine_labels, coarse_labels
-
-
-def _read_python(folder: Path, part: str) -> tuple[Tensor, Tensor, Tensor]:
-    """The same three tensors, from the python version in `folder`, whatever its name."""
-    from torchvision.datasets import CIFAR100  # here, because importing torchvision takes a second
-
-    class Unpacked(CIFAR100):
-        base_folder = folder.name
-
-    try:
-        official = Unpacked(str(folder.parent), train=part == "train")
-    except RuntimeError as error:  # torchvision compares each file's MD5 before unpickling it
-        raise UserError(f"{folder} is damaged (its MD5 sums do not match): {UNPACK_AGAIN}, or delete that folder to "
-                        "download it") from error
-    images = torch.from_numpy(official.data.transpose(0, 3, 1, 2)).contiguous()
-    fine_labels = torch.tensor(official.targets)
-    return images, fine_labels, torch.tensor(COARSE_OF_FINE)[fine_labels.clamp(0, len(FINE_NAMES) - 1)]
-
-
-def _checked(images: Tensor, fine_labels: Tensor, coarse_labels: Tensor, part: str, source: Path) -> Split:
-    """The Split of these tensors. Raises UserError unless they are the official ones, in any order."""
+def _checked(found: Found, part: str) -> Split:
+    """These images as a Split in the official order. Raises UserError unless they are the official ones."""
+    images, fine_labels, coarse_labels, source, advice = found
     for kind, labels, names in (("fine", fine_labels, FINE_NAMES), ("coarse", coarse_labels, COARSE_NAMES)):
-        if int(labels.max()) >= len(names):
-            raise UserError(f"{source} has the {kind} label {int(labels.max())}, above {len(names) - 1}: "
-                            f"{UNPACK_AGAIN}")
+        wrong = labels[(labels < 0) | (labels >= len(names))]
+        if len(wrong):
+            raise UserError(f"{source} has the {kind} label {wrong[0]}, not one from 0 to {len(names) - 1}: {advice}")
     per_class = NUM_IMAGES[part] // len(FINE_NAMES)
     counts = torch.bincount(fine_labels, minlength=len(FINE_NAMES))
     if (counts != per_class).any():
         worst = int((counts - per_class).abs().argmax())
         raise UserError(f"{source} has {int(counts[worst])} images of the class {FINE_NAMES[worst]} "
-                        f"instead of {per_class}: {UNPACK_AGAIN}")
+                        f"instead of {per_class}: {advice}")
     if (torch.tensor(COARSE_OF_FINE)[fine_labels] != coarse_labels).any():
-        raise UserError(f"{source} has fine labels with the wrong superclass: {UNPACK_AGAIN}")
+        raise UserError(f"{source} has fine labels with the wrong superclass: {advice}")
     split = Split(images, fine_labels, coarse_labels)
     if content_digest(split) != CONTENT_DIGESTS[part]:
-        raise UserError(f"{source} has images or labels that are not the official ones: {UNPACK_AGAIN}")
-    return split
+        raise UserError(f"{source} has images or labels that are not the official ones: {advice}")
+    return _in_official_order(split, part)
 
 
-def _download(folder: Path) -> None:
-    """Download the python version into `folder`, with torchvision and its progress bar."""
-    from torchvision.datasets import CIFAR100
+def _in_official_order(split: Split, part: str) -> Split:
+    """The same images in the order of the official files, since batches are drawn by position.
 
-    print(f"CIFAR-100 is not in {folder.parent}: downloading it (169 MB) from {CIFAR100.url}", flush=True)
-    try:
-        with _network_timeout():
-            CIFAR100(str(folder), download=True)
-    except (OSError, RuntimeError, EOFError, tarfile.TarError, http.client.HTTPException) as error:
-        reason = getattr(error, "reason", None) or getattr(error, "strerror", None) or error
-        raise UserError(f"cannot download CIFAR-100 into {folder.parent} ({reason}): check the network, put the files "
-                        "there yourself (see data/README.md), or train with --synthetic") from error
-
-
-@contextmanager
-def _network_timeout() -> Iterator[None]:
-    """Let every connection that the block opens fail after NETWORK_TIMEOUT."""
-    before = socket.getdefaulttimeout()
-    socket.setdefaulttimeout(NETWORK_TIMEOUT)
-    try:
-        yield
-    finally:
-        socket.setdefaulttimeout(before)
+    OFFICIAL_ORDER has the place of each official image in `_content_order`, first for train, then for test.
+    """
+    train, test = np.split(np.load(OFFICIAL_ORDER), [NUM_IMAGES["train"]])
+    index = _content_order(split)[train if part == "train" else test]
+    return split if (index == np.arange(len(split))).all() else split[torch.from_numpy(index)]
 
 
 # ---- Batches --------------------------------------------------------------------------------------------------------
@@ -446,8 +333,11 @@ def compute_logits(model: nn.Module, images: Tensor, batch_size: int = 1000) -> 
 def main(argv: list[str] | None = None) -> int:
     parser = Parser(prog="utils.py", description=__doc__)
     parser.add_data_dir()
-    data_dir = parser.parse_args(argv).data_dir or default_data_dir()
-    train, _ = load_cifar100(data_dir, train_on_all=True)
+    parser.add_argument("--data-url", default="", metavar="URL", help="an archive (.tar.gz) or a folder (/) from which "
+                        "to download first; see data/README.md (default: $CIFAR100_URL)")
+    options = parser.parse_args(argv)
+    data_dir = options.data_dir or default_data_dir()
+    train = _load_official(Path(data_dir), "train", options.data_url)
     print(f"CIFAR-100 is in {data_dir}: its {len(train):,} training images are complete and unchanged")
     return 0
 

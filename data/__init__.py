@@ -1,1 +1,1 @@
-"""The folder of CIFAR-100, and the images that stand in for it."""
+"""CIFAR-100's files: found, read and downloaded; and the images that stand in for them. Knows no training."""

@@ -181,7 +181,7 @@ def small_world(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(synthetic, "PER_CLASS", dict.fromkeys(synthetic.PER_CLASS, 1))
         patch.setattr(synthetic, "make_synthetic", functools.cache(synthetic.make_synthetic))
-        patch.setattr(utils, "_download", no_network)
+        patch.setattr(utils, "download", no_network)
         for file, module in TRAINING.items():
             for recipe, chosen in module.SCRIPT.recipes.items():
                 patch.setitem(module.SCRIPT.recipes, recipe, {**chosen, **SMALL[file]})
@@ -209,7 +209,7 @@ def small_world(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
         yield home
 
 
-def no_network(folder: Path) -> None:
+def no_network(*arguments: Any) -> None:
     raise UserError("there is no network here")
 
 

@@ -1,5 +1,6 @@
 """Draw drawing.png, the sunflower that the README classifies: python docs/figures/drawing.py"""
 
+import argparse
 import math
 from pathlib import Path
 
@@ -33,4 +34,5 @@ def draw_sunflower() -> Image.Image:
 
 
 if __name__ == "__main__":
+    argparse.ArgumentParser(description=__doc__).parse_args()
     draw_sunflower().save(Path(__file__).with_suffix(".png"), optimize=True)
