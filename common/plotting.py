@@ -3,8 +3,9 @@
 import logging
 import os
 import sys
+import warnings
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import chdir, contextmanager, nullcontext
 from functools import cache
 from pathlib import Path
 from typing import Any
@@ -33,18 +34,20 @@ def _figure_class() -> Any:
     A program that has imported matplotlib before keeps its own settings.
     """
     if "matplotlib" not in sys.modules:
-        backend, logger = os.environ.pop("MPLBACKEND", None), logging.getLogger("matplotlib")
+        outside = {name: os.environ.pop(name, None) for name in ("MPLBACKEND", "MATPLOTLIBRC")}
+        os.environ["MATPLOTLIBRC"] = os.devnull  # instead of the user's file, but that of the current folder goes first
+        elsewhere = chdir(Path(__file__).parent) if os.path.exists("matplotlibrc") else nullcontext()
+        logger = logging.getLogger("matplotlib")
         level = logger.level
-        logger.setLevel(logging.CRITICAL)  # it reports what it cannot use in those files, and a missing font cache
+        logger.setLevel(logging.CRITICAL)  # it reports a missing font cache
         try:
-            import matplotlib
-            import matplotlib.figure
-
-            matplotlib.rcdefaults()
+            with elsewhere, warnings.catch_warnings():
+                warnings.simplefilter("ignore")
+                import matplotlib.figure  # noqa: F401 (read its settings now)
         finally:
             logger.setLevel(level)
-            if backend is not None:
-                os.environ["MPLBACKEND"] = backend
+            del os.environ["MATPLOTLIBRC"]
+            os.environ.update({name: value for name, value in outside.items() if value is not None})
     from matplotlib.figure import Figure
 
     return Figure

@@ -373,9 +373,9 @@ def show_progress(bar: tqdm, progress: Progress, settings: Settings) -> None:
 class StopRequest:
     """While the block lasts, a first signal of STOP_SIGNALS only sets `signal`.
 
-    A SIGINT or SIGTERM after it acts as it always does. The other two are notices, not demands, and a lost terminal
-    sends several: more of them change nothing. A signal that is ignored, as with nohup, or that is not Python's stays
-    as it is.
+    After a SIGINT or SIGTERM, the next of these two acts as it always does. The other signals are notices, not demands,
+    and a lost terminal sends several: more of them change nothing. A signal that is ignored, as with nohup, or that is
+    not Python's stays as it is.
     """
 
     def __enter__(self) -> "StopRequest":
@@ -388,7 +388,8 @@ class StopRequest:
 
     def _note(self, number: int, frame: object) -> None:
         self.signal = self.signal or number
-        self._restore(signal.SIGINT, signal.SIGTERM)
+        if number in (signal.SIGINT, signal.SIGTERM):
+            self._restore(signal.SIGINT, signal.SIGTERM)
 
     def _restore(self, *numbers: int) -> None:
         for number in self._before.keys() & numbers:
