@@ -153,7 +153,7 @@ def _chosen(names: list[str], results_dir: Path) -> list[FinishedRun]:
         raise UserError(not_finished(unfinished[-1]))
     if not runs:
         raise UserError(f"there is no run in {results_dir}: train one first, with "
-                        f"{next_command('python train_mlp.py', results_dir)}")
+                        f"{next_command(['python', 'train_mlp.py'], results_dir)}")
     if unfinished:
         warn(f"left out, since not finished: {', '.join(printable(folder.name) for folder in unfinished)}")
     return runs
@@ -181,11 +181,11 @@ def _subject(name: str, published: Callable[[], Published], test_set: Callable[[
     run = named_run(name, results_dir)
     if run.published and not run.elsewhere:
         return published(), run
-    return Published(run.folder, [run], test_set(run.synthetic)), run
+    return Published(run.folder, [run], test_set(run.synthetic), alone=True), run
 
 
 def _write_figures(shown: Published, run: FinishedRun) -> None:
-    folder = run.folder / "figures" if is_alone(shown, run) else ROOT / "docs" / "figures"
+    folder = run.folder / "figures" if shown.alone else ROOT / "docs" / "figures"
     folder.mkdir(parents=True, exist_ok=True)
     for file, figure in draw(shown, run).items():
         save_figure(figure, folder / f"{file}.png")
@@ -199,11 +199,6 @@ def _write_report(shown: Published, run: FinishedRun) -> None:
     by_title = {figure.get_suptitle(): figure for figure in draw(shown, run).values()}
     write_report(shown.runs, shown.rows, shown.test, run, by_title, path)
     print(f"written: {path}")
-
-
-def is_alone(shown: Published, run: FinishedRun) -> bool:
-    """Whether `run` is not shown as one of the published ones."""
-    return shown.results_dir == run.folder
 
 
 def draw(shown: Published, run: FinishedRun) -> dict[str, Any]:
@@ -220,7 +215,7 @@ def draw(shown: Published, run: FinishedRun) -> dict[str, Any]:
     name = f"{run.name} on SYNTHETIC IMAGES, not CIFAR-100" if run.synthetic else run.name
 
     calibrated, found = run, {1.0: calibration(probabilities, labels)}
-    if not is_alone(shown, run):
+    if not shown.alone:
         calibrated = next((one for one in (run, *shown.ranked) if len(calibrations(shown, one)) > 1), run)
         found = calibrations(shown, calibrated)
     calibrated_name = name if calibrated is run else calibrated.name
@@ -239,7 +234,7 @@ def draw(shown: Published, run: FinishedRun) -> dict[str, Any]:
             images, probabilities, labels, mistakes, names, f"{name}: most confident mistakes"),
         "reliability": figures.reliability_figure(variants, f"{calibrated_name}: reliability diagram"),
     }
-    return drawn if is_alone(shown, run) else drawn | draw_recipes(shown)
+    return drawn if shown.alone else drawn | draw_recipes(shown)
 
 
 def draw_recipes(published: Published) -> dict[str, Any]:

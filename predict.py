@@ -33,7 +33,7 @@ from torch import nn
 
 from common.command_line import Parser, exit_status, expanded_path
 from common.devices import float32_device
-from common.errors import UserError, warn
+from common.errors import UserError, say_on_stderr, warn
 from common.files import RESULTS_DIR, replacing
 from common.text import printable, short_path
 from evaluation.finished_runs import require_classes
@@ -99,7 +99,7 @@ def report(model: nn.Module, paths: list[Path], *, as_json: bool, name: str, squ
     for found in answers(model, paths, squeeze=squeeze, show=show):
         given.append(found)
         if "error" in found:
-            print(f"error: {printable(found['error'])}", file=sys.stderr)
+            say_on_stderr(f"error: {printable(found['error'])}")
         elif not as_json:
             print(answer_text(found))
     if as_json:

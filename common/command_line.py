@@ -16,7 +16,7 @@ from typing import Any, NoReturn
 import torch
 import torch.distributed as dist
 
-from common.errors import Interrupted, UserError, reason
+from common.errors import Interrupted, UserError, reason, say_on_stderr
 from common.files import RESULTS_DIR, ROOT
 from common.text import degrade
 from models import WeightsError
@@ -102,11 +102,11 @@ def _absolute_or_empty(text: str) -> str:
     return str(absolute_path(text)) if text else ""
 
 
-def next_command(command: str, results_dir: Path) -> str:
-    """`command` as it is typed in the current folder, with `--results-dir` where that is not the default."""
+def next_command(command: Sequence[str], results_dir: Path) -> str:
+    """The words of `command` as they are typed in the current folder, with `--results-dir` if not the default."""
     here = os.path.samefile(os.curdir, ROOT)  # works in a folder that is gone, unlike Path.cwd
     ours = (".py", ".png")  # scripts, and the image that is classified first
-    words = [str(ROOT / word) if word.endswith(ours) and not here else word for word in shlex.split(command)]
+    words = [str(ROOT / word) if word.endswith(ours) and not here else word for word in command]
     where = [] if results_dir.resolve() == RESULTS_DIR else ["--results-dir", str(results_dir)]
     return shlex.join([*words, *where])
 
@@ -180,8 +180,8 @@ def _run(main: Callable[[], int]) -> int:
             raise
         message = "the device ran out of memory: try --device cpu or, in a training, a smaller --batch-size"
     except KeyboardInterrupt:
-        print("stopped", file=sys.stderr)
+        say_on_stderr("stopped")
         return 128 + signal.SIGINT
     source = "error" if count == 1 or rank == 0 else f"error in process {rank} of {count}"
-    sys.stderr.write(f"{source}: {' '.join(message.split())}\n")  # at once: other processes write there too
+    say_on_stderr(f"{source}: {message}")
     return 2

@@ -33,6 +33,11 @@ def reason(error: OSError) -> str:
 
 def warn(message: str) -> None:
     """Print one line on stderr about something that does not stop the command."""
-    with suppress(OSError):  # nor does a stderr that is gone
-        sys.stderr.write(f"warning: {' '.join(message.split())}\n")
+    say_on_stderr(f"warning: {message}")
+
+
+def say_on_stderr(message: str) -> None:
+    """Print one line on stderr at once. A stderr that is gone or full changes nothing, not even the exit status."""
+    with suppress(OSError):
+        sys.stderr.write(f"{' '.join(message.split())}\n")  # one write: other processes write there too
         sys.stderr.flush()

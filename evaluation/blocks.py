@@ -15,7 +15,7 @@ import numpy as np
 
 from common.errors import UserError
 from common.files import ROOT, read_json, write_text
-from common.run_files import PUBLISHED
+from common.run_files import CALIBRATION, PUBLISHED
 from common.text import overfit_table, spaced
 from evaluation.finished_runs import FinishedRun, TestSet
 from evaluation.images import answer, answer_text, find_weights, model_text
@@ -29,7 +29,7 @@ from evaluation.metrics import (
     confusion_matrix,
     softmax,
 )
-from evaluation.publish import CALIBRATION, fitted_temperature
+from evaluation.publish import fitted_temperature
 from evaluation.tables import (
     WITHOUT_DUPLICATES,
     by_recipe,
@@ -49,11 +49,15 @@ NAMED = 5  # best classes, worst classes and most confused pairs in the block `c
 
 @dataclass(frozen=True)
 class Published:
-    """Everything that a block may be derived from: the published runs and the real test set."""
+    """Everything that a block may be derived from: the published runs and the real test set.
+
+    alone: this is one other run instead, for its figures and its report.
+    """
 
     results_dir: Path
     runs: list[FinishedRun]
     test: TestSet
+    alone: bool = False
 
     @cached_property
     def rows(self) -> list[dict[str, Any]]:

@@ -2,7 +2,6 @@
 
 import csv
 import hashlib
-import os
 import re
 import zipfile
 from dataclasses import dataclass
@@ -17,7 +16,7 @@ from torch import Tensor, nn
 from common.command_line import next_command
 from common.errors import UserError
 from common.files import read_json, replacing, require_file
-from common.run_files import METRICS, PUBLISHED, find_run
+from common.run_files import METRICS, PUBLISHED, find_run, is_published, is_run
 from common.text import printable
 from evaluation.metrics import average
 from models import labeled, load_model
@@ -280,25 +279,19 @@ def named_run(name: str, results_dir: Path, *, with_weights: bool = False) -> Fi
     A user's own run goes before a published one of the same name. Raises UserError that says what is there instead:
     nothing, a run that is not finished, or `with_weights`, a run without them.
     """
-    found = next(filter(is_run, (find_run(name, where) for where in (results_dir, results_dir / PUBLISHED))), None)
-    if found is None:
+    found = find_run(name, results_dir)
+    if not is_run(found, results_dir):
         runs = [run for run in find_runs(results_dir) if run.weights.exists() or not with_weights]
         raise UserError(f"no run in {results_dir} is called {name}; there are: {_labels(runs)}")
     if not (found / "result.json").exists():
         raise UserError(not_finished(found))
-    parent, own = found.parent.resolve(), results_dir.resolve()
-    run = FinishedRun(found, published=parent.name == PUBLISHED and parent != own,
-                      elsewhere=parent not in (own, own / PUBLISHED))
+    own = results_dir.resolve()
+    run = FinishedRun(found, published=is_published(found, results_dir),
+                      elsewhere=found.parent.resolve() not in (own, own / PUBLISHED))
     if with_weights and not run.weights.exists():
         runs = [other for other in find_runs(results_dir) if other.weights.exists()]
         raise UserError(f"the run {run.label} has no weights; there are: {_labels(runs)}")
     return run
-
-
-def is_run(folder: Path) -> bool:
-    """Whether a folder holds a run, finished or not."""
-    started = os.path.isfile(folder / "config.json") and PUBLISHED not in folder.parts[-3:-1]  # not a calibration
-    return started or os.path.isfile(folder / "result.json")
 
 
 def not_finished(folder: Path) -> str:
@@ -306,7 +299,7 @@ def not_finished(folder: Path) -> str:
     command = re.match(r"(python|torchrun --nproc_per_node=\d+) train_\w+\.py", FinishedRun(folder).config["command"])
     if not command:
         return f"the run {folder} is not finished: resume it, or train it again"
-    resume = next_command(f"{command.group()} --resume {folder.name}", folder.parent)
+    resume = next_command([*command.group().split(), "--resume", folder.name], folder.parent)
     return f"the run {folder} is not finished: unless it is still being trained, resume it with: {resume}"
 
 

@@ -2,10 +2,12 @@
 
 import io
 import os
+import struct
 from collections import Counter
 from collections.abc import Mapping
+from contextlib import suppress
 from pathlib import Path
-from typing import Any, NamedTuple, cast
+from typing import Any, BinaryIO, NamedTuple, cast
 
 import numpy as np
 import torch
@@ -15,7 +17,7 @@ from torch import Tensor, nn
 
 from common.errors import UserError
 from common.files import RESULTS_DIR, read_json, replacing, require_file
-from common.run_files import PUBLISHED
+from common.run_files import PUBLISHED, places, run_settings
 from common.text import printable, spaced
 from evaluation.finished_runs import FinishedRun, find_runs, finite_logits, named_run, runs_by_name
 from utils import COARSE_NAMES, COARSE_OF_FINE, FINE_NAMES
@@ -63,7 +65,7 @@ def _decode(path: Path, squeeze: bool) -> Image.Image:
     require_file(path)
     if path.stat().st_size > MAX_BYTES:
         raise UserError(f"{path} has more than {MAX_BYTES:,} bytes: scale it down first")
-    with Image.open(path) as image:
+    with open(path, "rb") as file, _open(file) as image:
         if not _is_readable(image.format or ""):
             raise Image.UnidentifiedImageError
         _require_few_pixels(image)
@@ -72,6 +74,20 @@ def _decode(path: Path, squeeze: bool) -> Image.Image:
         image.load()
         _require_few_pixels(image)  # for some formats, size and mode are final only now
         return _shrink(image, squeeze)
+
+
+def _open(file: BinaryIO) -> ImageFile.ImageFile:
+    """Image.open without its warning about large images, which belongs to the process: we refuse them ourselves."""
+    Image.init()
+    start = file.read(16)
+    for kind in Image.ID:
+        factory, accept = Image.OPEN[kind]
+        accepted = not accept or accept(start)
+        if accepted and not isinstance(accepted, str):  # text says what Pillow lacks to read this format
+            with suppress(SyntaxError, IndexError, TypeError, struct.error):  # another format, or a damaged file
+                file.seek(0)
+                return factory(file, file.name)
+    raise Image.UnidentifiedImageError
 
 
 def _is_readable(kind: str) -> bool:
@@ -177,7 +193,8 @@ def find_images(path: Path) -> tuple[list[Path], str]:
     entries = sorted(entry for entry in path.iterdir() if entry.name[0] != ".")
     files = [entry for entry in entries if entry.is_file()]
     found = [file for file in files if file.suffix.lower() in readable]
-    skipped = Counter(file.suffix.lower() or "nameless" for file in files if file not in set(found))
+    suffixes = [file.suffix.lower() for file in files]
+    skipped = Counter(suffix or "without a suffix" for suffix in suffixes if suffix not in readable)
     folders = sum(entry.is_dir() for entry in entries)
     left_out = _left_out(skipped, folders)
     if not found:
@@ -192,8 +209,8 @@ def _left_out(skipped: Counter[str], folders: int) -> str:
     parts = []
     if skipped:
         counts = ", ".join([*named, *([f"{others} other"] if others else [])])
-        parts.append(f"skipped {counts} file{'s' * (skipped.total() > 1)}, which cannot be read here "
-                     "(convert images to JPEG or PNG first)")
+        parts.append(f"skipped {skipped.total()} file{'s' * (skipped.total() > 1)} that cannot be read here "
+                     f"({counts}): convert images to JPEG or PNG first")
     if folders:
         parts.append(f"skipped {folders} subfolder{'s' * (folders > 1)}, which are not searched")
     return "; ".join(parts)
@@ -290,15 +307,14 @@ def find_weights(name: str | None, results_dir: Path = RESULTS_DIR) -> Path:
         name = next((run for run in _published_by_accuracy(results_dir) if run in runs), None)
         if name is None:
             raise UserError(f"there are no weights in {results_dir / PUBLISHED}: name one of your runs with --model")
-    paths = (results_dir / name, Path(os.path.expanduser(name)).absolute())
-    given = next((path for path in paths if os.path.exists(path)), None)
+    given = next(filter(os.path.exists, places(name, results_dir)), None)
     if given is not None and given.is_file():
         _require_weights(given)
         run, weights = FinishedRun(given.parent), given
     else:
         run = named_run(name, results_dir, with_weights=True)
         weights = run.weights
-    if (run.folder / "config.json").is_file() and run.synthetic:
+    if run_settings(run.folder) and run.synthetic:
         raise UserError(f"the run {run.name} was trained on synthetic images: it cannot predict CIFAR-100's classes")
     return weights
 
@@ -311,7 +327,7 @@ def _require_weights(path: Path) -> None:
     kind = _other_kind(path)
     if weights.is_file():
         advice = f"take {weights}"
-    elif (path.parent / "config.json").is_file():
+    elif run_settings(path.parent):
         advice = "the weights are in model.safetensors once its run is finished"
     else:
         advice = "give the model.safetensors of a run"

@@ -7,8 +7,8 @@ from pathlib import Path
 import numpy as np
 
 from common.errors import UserError
-from common.files import read_json, replacing
-from common.run_files import PUBLISHED
+from common.files import read_json, replacing, write_json
+from common.run_files import CALIBRATION, PUBLISHED
 from evaluation.finished_runs import FinishedRun, TestSet, are_logits, find_runs, finite_logits, named_run, read_arrays
 from evaluation.metrics import fit_temperature
 from models import WeightsError, labeled, load_model
@@ -17,7 +17,6 @@ from utils import FINE_NAMES, load_cifar100
 RECORDED = ("config.json", "metrics.csv", "loss.png", "result.json")
 MAX_WEIGHTS_BYTES = 25_000_000
 MAY_DIFFER = ("seed", "threads", "data_dir", "checkpoint_every", "tensorboard")  # between the runs of a recipe
-CALIBRATION = "calibration"  # folder, below the published runs, of logits on the validation set
 
 
 def publish(name: str, results_dir: Path, test: TestSet) -> Path:
@@ -162,13 +161,19 @@ def _siblings(run: FinishedRun, results_dir: Path) -> list[FinishedRun]:
 
 
 def _copy(source: Path, files: list[str], target: Path) -> Path:
-    """Copy `files` from `source` to the folder `target`, replacing an older one: all of them or none."""
+    """Copy `files` from `source` to the folder `target`, replacing an older one: all of them or none.
+
+    The folder of the dataset, which is this machine's, is left out of their settings.
+    """
     partial = target.with_name(f".{target.name}.partial")
     shutil.rmtree(partial, ignore_errors=True)
     try:
         partial.mkdir(parents=True)
         for file in files:
             shutil.copyfile(source / file, partial / file)
+            if file in ("config.json", "overfit.json"):
+                content = read_json(source / file)
+                write_json(partial / file, content | {"settings": {**content.get("settings", {}), "data_dir": ""}})
         shutil.rmtree(target, ignore_errors=True)
         partial.rename(target)
     finally:

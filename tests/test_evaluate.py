@@ -214,6 +214,16 @@ def test_a_run_in_another_results_folder_is_called_by_its_path(
     assert f"only {trained}/mlp-s1 on" in capsys.readouterr().out
 
 
+def test_the_advice_for_an_unfinished_run_has_its_name_quoted(
+    own: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    run = shutil.copytree(own / "mlp-s0", tmp_path / "o dd" / "it's x")
+    unfinish(run)
+    assert evaluate_main(own, str(run)) == 2
+    words = shlex.split(error_line(capsys).partition("resume it with: ")[2])
+    assert words[-4:] == ["--resume", run.name, "--results-dir", str(run.parent)]
+
+
 def test_an_own_run_that_is_not_finished_hides_a_published_one(
     published: "Site", capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -587,6 +597,27 @@ def test_only_a_plain_overfit_check_is_published(site: Site, capsys: pytest.Capt
         if reason:
             assert reason in error_line(capsys)
     assert (site.published / "overfit_batch" / "mlp" / "overfit.png").read_bytes() == b"content"
+
+
+def test_what_is_published_names_no_folder_of_this_machine(site: Site) -> None:
+    for name in ("mlp-s0", "held-out"):
+        edit_settings(site.results / name, data_dir="/mnt/images")
+    check = site.results / "overfit_batch" / "mlp"
+    check.mkdir(parents=True)
+    for file in ("overfit.png", "curves.csv"):
+        (check / file).write_bytes(b"content")
+    passed = {"given": {}, "losses": {"cross-entropy": {"passed": True}}, "git_changes": False}
+    (check / "overfit.json").write_text(json.dumps(passed | {"settings": {"data_dir": "/mnt/images", "lr": 1.0}}))
+    assert site.main("--publish", "mlp-s0") == site.main("--publish", "overfit_batch/mlp") == 0
+    assert site.main("--calibrate", "held-out") == 0
+    found = [*site.published.rglob("config.json"), *site.published.rglob("overfit.json")]
+    assert len(found) == 3 and not any("/mnt" in path.read_text() for path in found)
+    config = read_json(site.results / "mlp-s0" / "config.json")
+    assert config["settings"]["data_dir"] == "/mnt/images"  # the user's own run still has it
+    config["settings"]["data_dir"] = ""
+    assert read_json(site.published / "mlp-s0" / "config.json") == config
+    committed = [*(ROOT / "results" / "published").rglob("*.json")]
+    assert committed and [path for path in committed if read_json(path).get("settings", {}).get("data_dir")] == []
 
 
 def test_publishing_that_fails_halfway_publishes_nothing(

@@ -14,12 +14,13 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager, redirect_stdout, suppress
+from contextlib import contextmanager, redirect_stderr, redirect_stdout, suppress
 from pathlib import Path
 from typing import Any
 
 import pytest
 
+import predict
 import train_cnn
 from common import files
 from common.command_line import exit_status
@@ -475,27 +476,36 @@ def test_a_figure_never_ends_a_training(
 
 
 DRAW = """
-import sys
+import os, sys
 from pathlib import Path
+names, here = ("MPLBACKEND", "MATPLOTLIBRC"), os.getcwd()
+before = [os.environ.get(name) for name in names]
 from common.plotting import new_figure, save_figure
 figure = new_figure(4, 3, "title")
 figure.subplots().plot([1, 3, 2])
 save_figure(figure, Path(sys.argv[1]))
+assert [os.environ.get(name) for name in names] == before and os.getcwd() == here
 """
 
 
 def test_nothing_outside_reaches_the_figures(tmp_path: Path) -> None:
-    """MPLBACKEND as in a notebook, the matplotlibrc of the current folder, no folder for a cache."""
-    (tmp_path / "matplotlibrc").write_text("text.usetex: True\nlines.linewidth: 9\nbackend: none\nnonsense\n")
-    (tmp_path / "empty").mkdir()
+    """MPLBACKEND as in a notebook, matplotlibrc files in the current folder and elsewhere, no folder for a cache."""
+    (tmp_path / "matplotlibrc").write_text("text.usetex: True\nlines.linewidth: 9\nbackend: none\nnonsense\n"
+                                           "toolbar: toolmanager\n")
+    for folder, content in (("empty", None), ("not text", b"\xff\xfe"), ("talking", b"toolbar: toolmanager\n")):
+        (tmp_path / folder).mkdir()
+        if content:
+            (tmp_path / folder / "matplotlibrc").write_bytes(content)
     environments = {"plain": {}, "notebook": {"MPLBACKEND": "module://matplotlib_inline.backend_inline"},
-                    "misspelled": {"MPLBACKEND": "ag"}, "without a cache": {"MPLCONFIGDIR": os.devnull}}
-    processes = [subprocess.Popen([sys.executable, "-c", DRAW, tmp_path / name], stderr=subprocess.PIPE,
-                                  cwd=tmp_path / "empty" if name == "plain" else tmp_path,
+                    "misspelled": {"MPLBACKEND": "ag"}, "without a cache": {"MPLCONFIGDIR": os.devnull},
+                    "not text": {}, "talking": {}, "not text elsewhere": {"MATPLOTLIBRC": str(tmp_path / "not text")}}
+    folders = {"plain": "empty", "not text": "not text", "talking": "talking", "not text elsewhere": "empty"}
+    processes = [subprocess.Popen([sys.executable, "-c", DRAW, tmp_path / f"{name}.png"], stderr=subprocess.PIPE,
+                                  cwd=tmp_path / folders.get(name, "."),
                                   env={**os.environ, "PYTHONPATH": str(ROOT), **environment})
                  for name, environment in environments.items()]
-    assert [process.communicate(timeout=60)[1] for process in processes] == [b""] * 4
-    assert len({(tmp_path / name).read_bytes() for name in environments}) == 1
+    assert [process.communicate(timeout=60)[1] for process in processes] == [b""] * 7
+    assert len({(tmp_path / f"{name}.png").read_bytes() for name in environments}) == 1
 
 
 def without_compiler(*arguments: object, **options: object) -> None:
@@ -615,6 +625,18 @@ def test_output_to_a_full_disk_is_an_error(tmp_path: Path, capsys: pytest.Captur
         status = train_tiny(tmp_path)
     assert status == 2
     assert "full" in error_line(capsys)
+
+
+@linux_only
+def test_errors_to_a_full_disk_keep_the_exit_status(tmp_path: Path) -> None:
+    def stop() -> int:
+        raise KeyboardInterrupt
+
+    for command, status in ((lambda: resume(tmp_path, "nothing"), 2), (lambda: exit_status(stop), 128 + signal.SIGINT),
+                            (lambda: exit_status(lambda: predict.main(["nothing.png"])), 1)):
+        with suppress(OSError), open("/dev/full", "w", buffering=1) as full, redirect_stderr(full):
+            found = command()
+        assert found == status
 
 
 @linux_only

@@ -83,6 +83,17 @@ def test_the_data_folder_flag_overrides_the_environment(monkeypatch: pytest.Monk
     assert Path(parse().settings.data_folder) == Path(train_mlp.__file__).parent / "data"
 
 
+def test_a_new_run_keeps_the_data_folder_of_its_shell(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """It may be resumed from another folder, and from a shell without the variable."""
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("CIFAR100_DIR", "my data")
+    assert parse().settings.data_dir == str(tmp_path / "my data")
+    assert parse("--synthetic").settings.data_dir == ""
+    assert "data_dir" not in parse("--resume", "mlp-s0").given  # it changes nothing in a run that has its own
+    monkeypatch.delenv("CIFAR100_DIR")
+    assert parse().settings.data_dir == ""
+
+
 def test_paths_are_absolute_and_home_is_expanded(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("HOME", str(tmp_path))
     monkeypatch.chdir(tmp_path)

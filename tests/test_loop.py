@@ -22,6 +22,7 @@ from torch import Tensor, nn
 
 import train_mlp
 from common.command_line import exit_status
+from common.errors import UserError
 from common.files import replacing, write_text
 from common.run_files import METRICS
 from models import create_model, load_model
@@ -423,6 +424,24 @@ def test_a_run_is_named_as_a_shell_completes_it(
     assert run_names(tmp_path) == ["here"]
 
 
+@pytest.mark.parametrize("name", ["published/mlp-s0", "mlp-s0", "{runs}/published/mlp-s0/config.json",
+                                  "published/calibration/mlp"])
+def test_a_published_run_is_not_resumed(
+    name: str, finished: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    for folder in ("mlp-s0", "calibration/mlp"):
+        shutil.copytree(finished / "mlp-s0", tmp_path / "published" / folder, ignore=shutil.ignore_patterns(".lock"))
+    (tmp_path / "published" / "calibration" / "mlp" / "result.json").unlink()
+    assert resume(tmp_path, name.format(runs=tmp_path)) == 2
+    assert "published runs do not change" in error_line(capsys)
+    assert list(tmp_path.rglob(".lock")) == []
+
+
+def test_a_results_folder_may_be_called_published(finished: Path, tmp_path: Path) -> None:
+    shutil.copytree(finished / "mlp-s0", tmp_path / "published" / "mlp-s0")
+    assert resume(tmp_path / "published", "mlp-s0") == 0
+
+
 def test_a_run_is_named_from_within_its_folder(
     finished: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -442,9 +461,10 @@ SAME_NETWORK = ("--widths", "64,32", "--epochs", "1")
 
 @pytest.fixture
 def beside_finished(finished: Path, tmp_path: Path) -> Path:
-    """A results folder of the test's own, with the finished run in it."""
-    (tmp_path / "results").mkdir()
-    (tmp_path / "results" / "mlp-s0").symlink_to(finished / "mlp-s0")
+    """A results folder of the test's own, with the finished run in it, which is also published."""
+    (tmp_path / "results" / "published").mkdir(parents=True)
+    for name in ("mlp-s0", "published/shown"):
+        (tmp_path / "results" / name).symlink_to(finished / "mlp-s0")
     return tmp_path / "results"
 
 
@@ -452,7 +472,9 @@ def head(run: Path) -> Tensor:
     return load_model(run / "model.safetensors").state_dict()["head.weight"]
 
 
-@pytest.mark.parametrize("form", ["mlp-s0", "{runs}/mlp-s0/", "{runs}/mlp-s0/model.safetensors", "mlp-s0/config.json"])
+@pytest.mark.parametrize("form", ["mlp-s0", "{runs}/mlp-s0/", "{runs}/mlp-s0/model.safetensors", "mlp-s0/config.json",
+                                  "mlp-s0/checkpoint.safetensors", "{runs}/mlp-s0/checkpoint.safetensors",
+                                  "shown", "published/shown", "published/shown/metrics.csv"])
 def test_a_new_run_starts_from_the_weights_of_another(form: str, finished: Path, beside_finished: Path) -> None:
     flags = ("--init-from", form.format(runs=finished), *SAME_NETWORK, "--lr", "1e-30", "--name", "new")
     assert train_tiny(beside_finished, *flags) == 0
@@ -466,15 +488,49 @@ def test_the_refusal_of_a_finished_run_helps(beside_finished: Path, capsys: pyte
     advice = error_line(capsys).rpartition(", with ")[2].split()
     assert advice == ["--init-from", "mlp-s0"]
     assert train_tiny(beside_finished, *advice, *SAME_NETWORK) == 0
-    assert run_names(beside_finished) == ["mlp-s0", "mlp-s0-2"]
+    assert run_names(beside_finished) == ["mlp-s0", "mlp-s0-2", "published"]
     capsys.readouterr()
     assert resume(beside_finished, "mlp-s0", "--widths", "8") == 2
     assert "--init-from" not in error_line(capsys)  # they would not fit
 
 
+def test_the_refusal_of_a_run_elsewhere_helps(
+    finished: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    run = shutil.copytree(finished / "mlp-s0", tmp_path / "other runs" / "mlp-s0")
+    edit_settings(run, train_on_all=True)
+    assert resume(tmp_path / "results", str(run), "--epochs", "1") == 2
+    advice = shlex.split(error_line(capsys).rpartition(", with ")[2])
+    options = parse_command_line(SCRIPT, [*TINY, *advice, "--results-dir", str(tmp_path / "results")])
+    assert options.settings.init_from == str(run / "model.safetensors") and options.settings.train_on_all
+    assert resume(tmp_path / "results", str(run), "--no-train-on-all") == 2
+    assert "--init-from" not in error_line(capsys)  # nothing could be validated
+
+
+def test_weights_that_saw_the_validation_images_are_refused(finished: Path, tmp_path: Path) -> None:
+    """A validation accuracy of such weights would be one on training images."""
+    for name in ("all", "then", "last", "fair"):
+        shutil.copytree(finished / "mlp-s0", tmp_path / name)
+    edit_settings(tmp_path / "all", train_on_all=True)
+    edit_settings(tmp_path / "then", init_from=str(tmp_path / "all" / "model.safetensors"))
+    edit_settings(tmp_path / "last", init_from=str(tmp_path / "then" / "model.safetensors"))
+    edit_settings(tmp_path / "fair", init_from=str(tmp_path / "fair" / "model.safetensors"))  # edited to go in a circle
+
+    def start(source: str, *flags: str) -> str:
+        flags = (*flags, "--results-dir", str(tmp_path), "--init-from", source)
+        return parse_command_line(SCRIPT, [*TINY, *flags]).settings.init_from
+
+    for name in ("all", "all/model.safetensors", "then", "last"):
+        with pytest.raises(UserError, match="was trained on the validation images too: add --train-on-all"):
+            start(name)
+        assert start(name, "--train-on-all")
+    assert start("fair")
+    shutil.copy(tmp_path / "all" / "model.safetensors", tmp_path / "own.safetensors")  # nothing tells where it is from
+    assert start("own.safetensors")
+
+
 @pytest.mark.parametrize(("flags", "named"), [
     (("--init-from", "mlp-s0", "--widths", "8"), "do not fit this network"),
-    (("--init-from", "mlp-s0/checkpoint.safetensors", "--widths", "64,32"), "checkpoint.safetensors"),
     (("--init-from", "unfinished"), "is that run finished?"),
     (("--init-from", "mlp-s0", "--resume", "mlp-s0"), "use one of them"),
     (("--init-from", "mlp-s0", "--overfit-batch", "--batch-size", "64"), "no effect with --overfit-batch"),
@@ -541,6 +597,23 @@ def test_every_request_to_stop_saves_a_checkpoint(
     assert capsys.readouterr().out.splitlines()[-1].startswith(f"{name}: checkpoint saved; resume with: ")
     assert signal.getsignal(number) == before
     assert resume(tmp_path, "mlp-s0") == 0
+
+
+@posix_only
+@pytest.mark.parametrize("notice", ["SIGHUP", "SIGUSR1"])
+def test_a_notice_before_a_request_to_stop_does_not_kill(
+    notice: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    first = getattr(signal, notice)
+    before = signal.signal(signal.SIGTERM, lambda *arguments: pytest.fail("killed"))
+    try:
+        after_step(monkeypatch, 3, lambda: [signal.raise_signal(number) for number in (first, signal.SIGTERM)])
+        assert train_tiny(tmp_path, "--epochs", "1") == 128 + first
+    finally:
+        signal.signal(signal.SIGTERM, before)
+    with pytest.raises(KeyboardInterrupt), loop.StopRequest():  # the second demand acts at once, whatever is in between
+        for number in (signal.SIGHUP, signal.SIGINT, signal.SIGUSR1, signal.SIGINT):
+            signal.raise_signal(number)
 
 
 @posix_only

@@ -12,6 +12,7 @@ import sys
 import threading
 import warnings
 import zlib
+from collections import Counter
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
@@ -27,7 +28,7 @@ from common import devices
 from common.command_line import exit_status
 from common.errors import UserError
 from common.text import degrade
-from evaluation.images import SURE
+from evaluation.images import SURE, find_images
 from models import create_model, labeled, load_model, save_model
 from predict import classify, find_weights, quiet_decoders, read_image
 from tests.helpers import ROOT, error_line
@@ -365,7 +366,7 @@ def test_files_of_a_folder_that_are_left_out_are_counted(
     captured = capsys.readouterr()
     (line,) = captured.err.splitlines()
     assert line.startswith(f"warning: {folder}: skipped ") and "2 .heic" in line and "\x1b" not in line
-    assert all(f"1 {kind}" in line for kind in (".mpg", ".h5", ".eps", ".wmf", "nameless", "subfolder"))
+    assert all(f"1 {kind}" in line for kind in (".mpg", ".h5", ".eps", ".wmf", "without a suffix", "subfolder"))
     assert len(captured.out.splitlines()) == 8
     (folder / "x.png").unlink()
     status, (answer,) = run_json(results_dir, capsys, folder)
@@ -380,7 +381,23 @@ def test_a_folder_of_many_formats_is_one_short_warning(
     halves.save(tmp_path / "x.mpo", format="JPEG")
     assert run(results_dir, tmp_path) == 0
     (line,) = capsys.readouterr().err.splitlines()
-    assert "290 other files" in line and len(line) < 400
+    assert "skipped 300 files" in line and "290 other)" in line and len(line) < 400
+
+
+def test_a_large_folder_is_searched_in_linear_time(tmp_path: Path) -> None:
+    counted = Counter()
+
+    class Counting(type(tmp_path)):
+        def __hash__(self) -> int:
+            counted["hashes"] += 1
+            return super().__hash__()
+
+    for number in range(100):
+        (tmp_path / f"{number:02}.{'png' if number % 2 else 'txt'}").touch()
+    files, left_out = find_images(Counting(tmp_path))
+    assert [file.name for file in files] == [f"{number:02}.png" for number in range(1, 100, 2)]
+    assert "50 .txt" in left_out
+    assert counted["hashes"] <= 2 * 100
 
 
 @pytest.mark.parametrize("suffix", ["h5", "bufr", "grib", "mpg", "eps", "heic"])
@@ -455,12 +472,13 @@ def bomb(width: int, height: int) -> bytes:
 
 @pytest.mark.parametrize("size", [(8001, 8000), (12_000, 12_000), (30_000, 30_000), (2**31 - 1, 2**31 - 1)])
 def test_too_many_pixels_are_refused_before_decoding(
-    tmp_path: Path, size: tuple[int, int], monkeypatch: pytest.MonkeyPatch
+    tmp_path: Path, size: tuple[int, int], monkeypatch: pytest.MonkeyPatch, recwarn: pytest.WarningsRecorder
 ) -> None:
     (tmp_path / "x.png").write_bytes(bomb(*size))
     monkeypatch.setattr(ImageFile.ImageFile, "load", lambda image: pytest.fail("it was decoded"))
     with pytest.raises(UserError, match="more than 64,000,000 pixels"):
         read_image(tmp_path / "x.png")
+    assert len(recwarn) == 0  # Pillow's would be another line on stderr
 
 
 def test_a_file_that_is_too_large_is_not_read(tmp_path: Path) -> None:
@@ -534,6 +552,13 @@ def test_a_run_is_named_as_a_shell_completes_it(
     monkeypatch.chdir(tmp_path)
     found = find_weights(name.format(folder=results_dir), results_dir)
     assert found.samefile(results_dir / "mine/model.safetensors")
+
+
+def test_another_programs_config_does_not_matter(results_dir: Path, tmp_path: Path) -> None:
+    weights = Path(shutil.copy(results_dir / "mine/model.safetensors", tmp_path))
+    for config in ({"model_type": "vit"}, {"settings": {"synthetic": True}}, ["settings"]):
+        (tmp_path / "config.json").write_text(json.dumps(config))
+        assert find_weights(str(weights), results_dir) == weights
 
 
 @pytest.mark.parametrize(("file", "kind"), [

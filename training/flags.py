@@ -7,10 +7,10 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from common.command_line import Parser, absolute_path, integers
+from common.command_line import Parser, absolute_path, expanded_path, integers
 from common.errors import UserError
 from common.files import RESULTS_DIR, read_json
-from common.run_files import find_run
+from common.run_files import CHECKPOINTS, WEIGHTS, find_run, places, run_settings
 from common.text import flops_text
 from training.events import require_tensorboard
 from training.losses import LOSSES
@@ -63,6 +63,8 @@ def parse_command_line(script: Script, argv: list[str] | None = None) -> Options
         require_tensorboard()
     options = Options(settings=settings, given=given, seeds=seeds, **control)
     _refuse_without_effect(options)
+    if settings.init_from and not settings.train_on_all and saw_validation_images(Path(settings.init_from)):
+        raise UserError(f"{settings.init_from} was trained on the validation images too: add --train-on-all")
     return options
 
 
@@ -72,16 +74,32 @@ def _absolute_paths(settings: Settings, results_dir: Path) -> dict[str, Any]:
     Raises UserError if the weights to start from are missing.
     """
     paths: dict[str, Any] = {}
-    if settings.data_dir:
-        paths["data_dir"] = str(absolute_path(settings.data_dir))
+    if settings.data_dir or (os.environ.get("CIFAR100_DIR") and not settings.synthetic):
+        paths["data_dir"] = str(absolute_path(settings.data_folder))
     if settings.init_from:
-        file = absolute_path(settings.init_from)
-        if not os.path.isfile(file) or file.suffix != ".safetensors":
-            file = find_run(settings.init_from, results_dir) / "model.safetensors"
+        name = str(expanded_path(settings.init_from))
+        files = (path for path in places(name, results_dir)
+                 if path.suffix == ".safetensors" and path.name not in CHECKPOINTS and os.path.isfile(path))
+        file = next(files, None) or find_run(name, results_dir) / WEIGHTS
         if not os.path.isfile(file):
             raise UserError(f"--init-from {settings.init_from}: there is no file {file}; is that run finished?")
         paths["init_from"] = str(file)
     return paths
+
+
+def saw_validation_images(weights: Path) -> bool:
+    """Whether a weights file, or one that its training started from, is of a run that was trained on all images.
+
+    The config.json next to it says so; without one, it is taken on trust.
+    """
+    seen = set()
+    while weights not in seen:
+        seen.add(weights)
+        settings = run_settings(weights.parent)
+        if settings.get("train_on_all"):
+            return True
+        weights = Path(str(settings.get("init_from") or weights))
+    return False
 
 
 def _make_parser(script: Script) -> argparse.ArgumentParser:

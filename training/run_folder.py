@@ -26,13 +26,13 @@ from common.devices import is_available
 from common.errors import UserError, warn
 from common.files import PARTIAL, RESULTS_DIR, ROOT, flush_to_disk, lock, read_json, replacing, write_csv, write_json
 from common.plotting import BLUE, ORANGE, new_figure, only_warning, save_figure
-from common.run_files import METRICS, RESERVED, find_run
+from common.run_files import CHECKPOINTS, METRICS, RESERVED, WEIGHTS, find_run, is_published
 from common.text import flops_text, short_path
 from models import save_model
 from training.checkpoint import Checkpoint, Optimizers, Progress, checkpoint_bytes, read_checkpoint
 from training.distributed import Processes
 from training.events import Events, require_tensorboard
-from training.flags import Options
+from training.flags import Options, saw_validation_images
 from training.hardware import prepare_device
 from training.settings import Script, Settings, flag_of, machine_words, show
 
@@ -80,9 +80,8 @@ class RunFolder(Run):
                           in_use=f"the run {folder} is in use by another process; wait for it or stop it")
         self.folder, self._script, self._processes = folder, script, processes
         self._events: Events | None = None
-        self.checkpoint_path = folder / "checkpoint.safetensors"
-        self.previous_path = folder / "checkpoint-previous.safetensors"
-        self.weights_path = folder / "model.safetensors"
+        self.checkpoint_path, self.previous_path = (folder / file for file in CHECKPOINTS)
+        self.weights_path = folder / WEIGHTS
         self.result_path = folder / "result.json"
         self._last_plot = -PLOT_EVERY
         resume_command = _resume_command(script, processes, folder)
@@ -131,12 +130,14 @@ class RunFolder(Run):
     def resume(cls, results_dir: Path, name: str, given: dict[str, Any], script: Script, processes: int) -> "RunFolder":
         """The run `name` (see `find_run`) with its settings; flags in `given` must not contradict them.
 
-        Raises UserError if they do, if it was started with another number of processes, if there is no such run, if
-        another process has it, or if its config is damaged.
+        Raises UserError if they do, if it was started with another number of processes, if there is no such run, if it
+        is published, if another process has it, or if its config is damaged.
         """
         folder = find_run(name, results_dir)
         if not os.path.isdir(folder):
             raise UserError(f"there is no run {folder} to resume")
+        if is_published(folder, results_dir):
+            raise UserError(f"{folder} is published, and published runs do not change: start a new run")
         name = folder.name
         config = read_json(folder / "config.json")
         if not isinstance(config, dict) or not isinstance(config.get("settings"), dict):
@@ -152,10 +153,14 @@ class RunFolder(Run):
         for setting_name, value in given.items():
             was = getattr(settings, setting_name)
             if setting_name not in may_differ and value not in (was, "auto"):
-                finished, fits = (folder / "model.safetensors").exists(), hasattr(Settings, setting_name)
+                finished, fits = (folder / WEIGHTS).exists(), hasattr(Settings, setting_name)
+                seen = saw_validation_images(folder / WEIGHTS)
+                words = ["--init-from", name if folder.parent == results_dir else str(folder)]
+                words += ["--train-on-all"] if seen else []
+                usable = finished and fits and not (seen and setting_name == "train_on_all")
                 raise UserError(f"the run {name} was started with {flag_of(setting_name)} {show(was)}, not "
                                 f"{show(value)}: resume it without that flag, or start a new run"
-                                + (f" from its weights, with --init-from {name}" if finished and fits else ""))
+                                + (f" from its weights, with {shlex.join(words)}" if usable else ""))
         changes = {setting_name: value for setting_name, value in given.items() if setting_name in may_differ}
         run = cls(folder, settings, script, processes)
         run._move_here(changes)
@@ -274,7 +279,7 @@ class RunFolder(Run):
         if settings.train_on_all:
             aim, words = "measure it on the test set", ["python", "evaluate.py", self.name, *data_dir]
         elif settings.synthetic:
-            return f"get CIFAR-100, to train on real images: {next_command('python utils.py', RESULTS_DIR)}"
+            return f"get CIFAR-100, to train on real images: {next_command(['python', 'utils.py'], RESULTS_DIR)}"
         elif settings.epochs < whole:
             named = [] if recipe == first else ["--recipe", recipe]
             aim, words = f"train for all {whole} epochs", ["python", script.file, *named, *data_dir]
@@ -282,11 +287,11 @@ class RunFolder(Run):
             aim, words = "try next", [*script.next_commands[recipe].split(), *data_dir]
         else:
             aim, words = "classify an image with it", ["python", "predict.py", EXAMPLE, "--model", self.name]
-        return f"{aim}: {next_command(shlex.join(words), self.folder.parent)}"
+        return f"{aim}: {next_command(words, self.folder.parent)}"
 
 
 def _resume_command(script: Script, processes: int, folder: Path) -> str:
-    return next_command(f"{script.launcher(processes)} --resume {shlex.quote(folder.name)}", folder.parent)
+    return next_command([*script.launcher(processes).split(), "--resume", folder.name], folder.parent)
 
 
 def create_run(script: Script, options: Options, settings: Settings, processes: Processes) -> Run:

@@ -78,7 +78,9 @@ class Settings:
     # Data and seed.
     seed: int = setting(0, "seed of initial weights, image order, augmentation and dropout", low=0,
                         high=2**63 - 1)
-    init_from: str = setting("", "start a new run from the weights of this finished run or weights file",
+    init_from: str = setting("", "start a new run from the weights of this finished run or weights file; if "
+                             "they were trained on all images, add --train-on-all (not checked for a file without a "
+                             "config.json next to it)",
                              resumable=True, one_batch=False)  # a checkpoint has its own weights
     train_on_all: bool = setting(False, "train on all 50,000 training images, including the validation set")
     synthetic: bool = setting(False, "use procedurally drawn images instead of CIFAR-100")
