@@ -15,7 +15,7 @@ from PIL import Image, ImageCms, ImageFile, ImageOps
 from safetensors import SafetensorError, safe_open
 from torch import Tensor, nn
 
-from common.errors import UserError
+from common.errors import UserError, warn
 from common.files import RESULTS_DIR, read_json, replacing, require_file
 from common.run_files import PUBLISHED, places, run_settings
 from common.text import printable, spaced
@@ -252,14 +252,20 @@ def temperature_of(model: nn.Module) -> float:
 def answer(model: nn.Module, file: Path, *, squeeze: bool = False, show: bool = False) -> dict[str, Any]:
     """The object of `predict.py --json` for an image: its file, and either guesses or an error.
 
-    With `show`, the pixels that the network gets are also written to a PNG file in the current folder.
+    With `show`, the pixels that the network gets are also written to a PNG file in the current folder. If that fails,
+    this only warns.
     """
     try:
         image = read_image(file, squeeze=squeeze)
         guesses = classify(model, image)
-        shown = {"shown": str(_write_pixels(image, f"{file.stem}{'-squeezed' * squeeze}"))} if show else {}
     except UserError as problem:
         return {"file": str(file), "error": str(problem)}
+    shown = {}
+    if show:
+        try:
+            shown = {"shown": str(_write_pixels(image, f"{file.stem}{'-squeezed' * squeeze}"))}
+        except UserError as problem:
+            warn(printable(str(problem)))
     return {"file": str(file), **shown, "sure": guesses[0].probability >= SURE,
             "guesses": [{"class": guess.name, "superclass": guess.superclass,
                          "probability": round(guess.probability, 6)} for guess in guesses]}
@@ -270,7 +276,7 @@ def _write_pixels(image: Tensor, stem: str) -> Path:
     path, content = Path(f"{stem}-{SIDE}x{SIDE}.png"), io.BytesIO()
     Image.fromarray(image.permute(1, 2, 0).numpy()).save(content, "PNG")
     if os.path.lexists(path) and not (path.is_file() and path.read_bytes() == content.getvalue()):
-        raise UserError(f"{path} exists and is another image: move it away, or use --show in another folder")
+        raise UserError(f"{path} exists and is another file: move it away, or use --show in another folder")
     with replacing(path) as partial:
         partial.write_bytes(content.getvalue())
     return path

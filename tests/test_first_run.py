@@ -95,7 +95,7 @@ def test_a_training_says_what_it_does_before_it_does_it(
 def test_quiet_leaves_only_start_epochs_and_result(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert train_tiny(tmp_path) == 0
     output, errors = capsys.readouterr()
-    assert [line.split()[0] for line in output.splitlines()] == ["mlp-s0:", "epoch", "epoch", "mlp-s0", "get"]
+    assert [line.split()[0] for line in output.splitlines()] == ["mlp-s0:", "epoch", "epoch", "mlp-s0", "train"]
     assert errors == ""
 
 
@@ -116,6 +116,7 @@ def timed_as(monkeypatch: pytest.MonkeyPatch, seconds: Callable[[str, int], floa
     (0.5, "bfloat16", "bfloat16 is 2.0 times as fast as float32 here", {16}),
     (0.8, "bfloat16", "bfloat16 is 1.2 times as fast as float32 here", {16, 256}),
     (3.0, "float32", "float32 is 3.0 times as fast as bfloat16 here", {16, 256}),
+    (0.95, "float32", "bfloat16 is not clearly faster here", {16, 256}),
     (50.0, "float32", "float32 is 50.0 times as fast as bfloat16 here", {16}),
 ])
 @pytest.mark.usefixtures("two_threads")
@@ -244,11 +245,14 @@ def last_lines(script: Script, results_dir: Path, capsys: pytest.CaptureFixture[
 
 @pytest.mark.parametrize(("script", "flags", "step"), [
     (train_mlp.SCRIPT, "", "try next: python train_cnn.py"),
-    (train_mlp.SCRIPT, "--epochs 5", "train for all 60 epochs: python train_mlp.py"),
-    (train_mlp.SCRIPT, "--epochs 5 --synthetic", "get CIFAR-100, to train on real images: python utils.py"),
+    (train_mlp.SCRIPT, "--epochs 5", "train for all 60 epochs: python train_mlp.py --seed 0"),
+    (train_mlp.SCRIPT, "--epochs 5 --synthetic", "train on CIFAR-100: python train_mlp.py --seed 0"),
+    (train_cnn.SCRIPT, "--epochs 1 --model resnet18 --seed 3",
+     "train for all 9 epochs: python train_cnn.py --model resnet18 --seed 3"),
     (train_mlp.SCRIPT, "--train-on-all --epochs 5", "measure it on the test set: python evaluate.py mlp-s0"),
     (train_cnn.SCRIPT, "", "try next: python train_cnn.py --recipe strong"),
-    (train_cnn.SCRIPT, "--recipe strong --epochs 1", "train for all 12 epochs: python train_cnn.py --recipe strong"),
+    (train_cnn.SCRIPT, "--recipe strong --epochs 1",
+     "train for all 12 epochs: python train_cnn.py --recipe strong --seed 0"),
     (train_cnn.SCRIPT, "--recipe original", "try next: python train_cnn.py"),
     (train_cnn.SCRIPT, "--recipe strong",
      "classify an image with it: python predict.py docs/figures/drawing.png --model strong-s0"),
@@ -260,8 +264,7 @@ def test_a_finished_run_names_the_next_step(
     monkeypatch.chdir(ROOT)
     lines = last_lines(script, tmp_path, capsys, *flags.split())
     assert len(lines) <= 3
-    where = "" if "utils.py" in step else f" --results-dir {tmp_path}"
-    assert lines[-1] == step + where
+    assert lines[-1] == f"{step} --results-dir {tmp_path}"
 
 
 def test_the_next_step_of_a_run_works_from_anywhere(

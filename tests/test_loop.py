@@ -93,7 +93,7 @@ def test_choosing_a_precision_leaves_the_model_unchanged(monkeypatch: pytest.Mon
     split, _ = load_cifar100("", use_synthetic=True)
     chosen, reason = choose_precision(model, split, MLPSettings(device="cpu", batch_size=100), ALONE)
     assert chosen.precision in ("float32", "bfloat16")
-    assert reason.startswith(f"{chosen.precision} is ")
+    assert reason.startswith((f"{chosen.precision} is ", "bfloat16 is not clearly faster"))
     assert all(torch.equal(tensor, before[name]) for name, tensor in model.state_dict().items())
     assert all(parameter.grad is None for parameter in model.parameters())
     given = MLPSettings(device="cpu", precision="bfloat16")

@@ -80,15 +80,17 @@ def _total_memory(device: str) -> int | None:
 def choose_precision(
     model: nn.Module, split: Split, settings: Settings, processes: Processes
 ) -> tuple[Settings, str]:
-    """Settings with a precision instead of "auto", and the reason: bfloat16 on a GPU, the faster one on a CPU.
+    """Settings with a precision instead of "auto", and the reason: the faster one on a CPU.
 
-    Both are timed, because processors with and without bfloat16 instructions differ by a factor of 50. One thread does
-    it: with several, a busy machine would take many times as long.
+    On a GPU it is bfloat16 if that has instructions for it. On a CPU both are timed, because processors with and
+    without bfloat16 instructions differ by a factor of 50. One thread does it: with several, a busy machine would take
+    many times as long.
     """
     if settings.precision != "auto":
         return settings, ""
     if settings.device != "cpu":
-        return replace(settings, precision="bfloat16" if settings.device == "cuda" else "float32"), ""
+        fast = settings.device == "cuda" and torch.cuda.is_bf16_supported(including_emulation=False)
+        return replace(settings, precision="bfloat16" if fast else "float32"), ""
     found = _faster_precision(model, split, settings.batch_size) if processes.is_first else ("", "")
     precision, reason = processes.from_first(found)
     return replace(settings, precision=precision), reason
@@ -104,9 +106,11 @@ def _faster_precision(model: nn.Module, split: Split, batch_size: int) -> tuple[
                                         enough=max(FIRST_CALL, FAR_SLOWER * float32))
             if float32 > BFLOAT16_WINS * bfloat16 or bfloat16 > FAR_SLOWER * float32:
                 break
-    faster, slower = ("bfloat16", "float32") if bfloat16 < float32 else ("float32", "bfloat16")
-    ratio = max(float32, bfloat16) / min(float32, bfloat16)
-    return faster, f"{faster} is {ratio:.1f} times as fast as {slower} here"
+    ratio = float32 / bfloat16
+    if 1 / CLEARLY < ratio < CLEARLY:
+        return "float32", "bfloat16 is not clearly faster here"
+    faster, slower = ("bfloat16", "float32") if ratio > 1 else ("float32", "bfloat16")
+    return faster, f"{faster} is {max(ratio, 1 / ratio):.1f} times as fast as {slower} here"
 
 
 def choose_threads(model: nn.Module, split: Split, settings: Settings, *, brief: bool = False) -> tuple[Settings, str]:

@@ -24,7 +24,7 @@ from torch import nn
 from common.command_line import next_command
 from common.devices import is_available
 from common.errors import UserError, warn
-from common.files import PARTIAL, RESULTS_DIR, ROOT, flush_to_disk, lock, read_json, replacing, write_csv, write_json
+from common.files import PARTIAL, ROOT, flush_to_disk, lock, read_json, replacing, write_csv, write_json
 from common.plotting import BLUE, ORANGE, new_figure, only_warning, save_figure
 from common.run_files import CHECKPOINTS, METRICS, RESERVED, WEIGHTS, find_run, is_published
 from common.text import flops_text, short_path
@@ -274,15 +274,14 @@ class RunFolder(Run):
         """The thing to do after this run, with its command."""
         settings, script = self.settings, self._script
         data_dir = [] if settings.synthetic or not settings.data_dir else ["--data-dir", settings.data_dir]
-        first, recipe = next(iter(script.recipes)), settings.recipe
+        recipe = settings.recipe
         whole = script.recipe_settings(recipe).epochs if recipe in script.recipes else 0
         if settings.train_on_all:
             aim, words = "measure it on the test set", ["python", "evaluate.py", self.name, *data_dir]
-        elif settings.synthetic:
-            return f"get CIFAR-100, to train on real images: {next_command(['python', 'utils.py'], RESULTS_DIR)}"
-        elif settings.epochs < whole:
-            named = [] if recipe == first else ["--recipe", recipe]
-            aim, words = f"train for all {whole} epochs", ["python", script.file, *named, *data_dir]
+        elif settings.synthetic or settings.epochs < whole:
+            real = dataclasses.replace(settings, epochs=max(whole, settings.epochs), synthetic=False)
+            aim = "train on CIFAR-100" if settings.synthetic else f"train for all {whole} epochs"
+            words = [*shlex.split(script.command_for(real, self._processes)), *data_dir]
         elif recipe in script.next_commands:
             aim, words = "try next", [*script.next_commands[recipe].split(), *data_dir]
         else:
