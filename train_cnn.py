@@ -41,6 +41,8 @@ class CNNSettings(Settings):
                                       needs={"model": models_with("widths")})
     blocks: tuple[int, ...] = setting((), "residual blocks of each stage (default: the network's own)", low=1,
                                       high=100, needs={"model": models_with("blocks")})
+    inner: tuple[int, ...] = setting((), "filters inside the residual pair of each group (default: the network's own)",
+                                     low=1, high=4096, needs={"model": models_with("inner")})
     sides: tuple[int, ...] = setting((32,), "sides, in pixels, that images are scaled to: each for an equal share of "
                                      "the epochs; the network keeps the last one", low=8, high=64,
                                      needs={"model": models_with("side")})

@@ -38,8 +38,9 @@ class MLPSettings(Settings):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        if self.optimizer == "muon-sgd":
-            raise UserError("--optimizer muon-sgd needs convolutions, and the MLP has none: use --optimizer muon")
+        if self.optimizer in ("muon-sgd", "normuon-sgd"):
+            raise UserError(f"--optimizer {self.optimizer} needs convolutions, and the MLP has none: "
+                            "use --optimizer muon")
 
 
 # Chosen on the validation set; the search is in docs/experiments.md.

@@ -21,6 +21,7 @@ from typing import Literal, overload
 
 import numpy as np
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 
 from common.command_line import Parser, absolute_path, exit_status
@@ -37,6 +38,7 @@ CONTENT_DIGESTS = {  # of the official files; see `content_digest`
 }
 OFFICIAL_ORDER = ROOT / "data" / "official-order.npy"  # uint16 [60000]; see `_in_official_order`
 VAL_PER_CLASS = 50
+NOISE = 0.1  # the largest standard deviation of the noise in `corrupt`, for images in [0, 1]
 
 
 # ---- The dataset ----------------------------------------------------------------------------------------------------
@@ -222,13 +224,14 @@ class Augmentation:
 
     flip: mirror images left to right at random; alternate: flip each image in every other epoch instead (Jordan 2024,
     arXiv 2404.00498); crop: shift by up to `crop` pixels, reflected at the edges; jitter: change brightness and
-    contrast by up to this fraction.
+    contrast by up to this fraction; corrupt: the fraction of images that `corrupt` makes noisy, coarse or blurred.
     """
 
     flip: bool = False
     alternate: bool = False
     crop: int = 0
     jitter: float = 0.0
+    corrupt: float = 0.0
 
 
 def derived_seed(*key: int | str) -> int:
@@ -263,7 +266,8 @@ def batches(
         flipped = alternating[index].to(split.images.device) if augmentation.alternate else None
         index = index.to(split.images.device)
         images = to_float(augment(split.images[index], augmentation, generator, flipped))
-        yield jitter(images, augmentation.jitter, generator), split.fine_labels[index]
+        images = jitter(images, augmentation.jitter, generator)
+        yield corrupt(images, augmentation.corrupt, generator), split.fine_labels[index]
 
 
 def to_float(images: Tensor) -> Tensor:
@@ -283,6 +287,24 @@ def jitter(images: Tensor, strength: float, generator: torch.Generator) -> Tenso
     drawn = torch.rand(2, len(images), 1, 1, 1, generator=generator).to(images.device)
     contrast, brightness = strength * (2 * drawn - 1)
     return (images - 0.5) * (1 + contrast) + 0.5 + brightness
+
+
+def corrupt(images: Tensor, share: float, generator: torch.Generator) -> Tensor:
+    """Corrupt the first `share` of a batch, so that a network also learns from poor images; float32 [B, C, H, W].
+
+    A third of them gets Gaussian noise, with a standard deviation of up to NOISE; a third has half the resolution; the
+    last third is blurred, each image more or less.
+    """
+    third = round(share * len(images) / 3)
+    if not third:
+        return images
+    noisy, coarse, sharp, rest = images.split([third, third, third, len(images) - 3 * third])
+    strength = torch.rand(2, third, 1, 1, 1, generator=generator).to(images.device)
+    noise = torch.randn(noisy.shape, generator=generator).to(images.device)
+    noisy = (noisy + NOISE * strength[0] * noise).clamp(0, 1)
+    coarse = F.interpolate(F.avg_pool2d(coarse, 2), scale_factor=2)
+    blurred = F.avg_pool2d(F.pad(sharp, (1, 1, 1, 1), mode="reflect"), 3, stride=1)
+    return torch.cat([noisy, coarse, sharp.lerp(blurred, strength[1]), rest])
 
 
 def augment(

@@ -6,10 +6,10 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from .layers import Resize
+from .layers import Norm, Resize, Whitening
 
 WHITENING_SAMPLE = 5000  # images, each with hundreds of 2x2 patches
-WHITENING_EPSILON = 5e-4  # added to each variance, so that directions of pure noise are not amplified
+WHITENING_EPSILON = 5e-4
 HEAD_SCALE = 1 / 9  # of the logits, since the head's weights start with unit variance (arXiv 2404.00498)
 BRANCH_SCALE = 0.3  # initial scale of a block's branch
 GATE_SCALE = 1.37  # about 1 / sigmoid(1): a new gate passes its input unchanged
@@ -32,7 +32,7 @@ class ConvNet(nn.Module):
         if len(widths) != len(blocks):
             raise ValueError(f"there are {len(widths)} widths and {len(blocks)} numbers of blocks")
         self.resize = Resize(side)
-        self.whiten = Whitening()
+        self.whiten = Whitening(WHITENING_EPSILON)
         layers: list[nn.Module] = []
         inputs = self.whiten.out_channels
         for width, count in zip(widths, blocks, strict=True):
@@ -52,26 +52,6 @@ class ConvNet(nn.Module):
         x = self.blocks(self.whiten(self.resize(images)))
         x = F.gelu(self.norm(x))
         return self.head(torch.cat([x.mean((2, 3)), x.amax((2, 3))], 1)) * HEAD_SCALE
-
-
-class Whitening(nn.Conv2d):
-    """Projections of 2x2 patches on their principal directions, scaled to unit variance, and the negatives of these.
-
-    float32 [N, 3, H, W] -> [N, 24, H - 1, W - 1]. The filters are fitted once and not trained (arXiv 2404.00498);
-    before `fit` they are random.
-    """
-
-    def __init__(self) -> None:
-        super().__init__(3, 24, 2, bias=False)
-        self.weight.requires_grad_(False)
-
-    @torch.no_grad()
-    def fit(self, images: Tensor) -> None:
-        """Fit the filters to the patches of training images, float32 [N, 3, H, W] in [0, 1]."""
-        patches = F.unfold(images, 2).transpose(1, 2).flatten(0, 1)
-        variances, directions = torch.linalg.eigh(torch.cov(patches.T).double())
-        filters = (directions / (variances + WHITENING_EPSILON).sqrt()).T.to(images.dtype)
-        self.weight.copy_(torch.cat([filters, -filters]).view_as(self.weight))
 
 
 class Block(nn.Module):
@@ -101,14 +81,6 @@ class Block(nn.Module):
         if self.project is not None:
             shortcut = self.project(shortcut)
         return shortcut + self.scale * branch
-
-
-class Norm(nn.BatchNorm2d):
-    """Batch normalization (arXiv 1502.03167) with a trained shift and a scale that stays 1."""
-
-    def __init__(self, channels: int) -> None:
-        super().__init__(channels)
-        self.weight.requires_grad_(False)
 
 
 class Gate(nn.Module):

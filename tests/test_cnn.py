@@ -13,14 +13,15 @@ import pytest
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.utils.flop_counter import FlopCounterMode
 
 import models
 import train_cnn
 from common.command_line import exit_status
 from data import synthetic
 from models import WeightsError, create_model, default_arguments, list_models, load_model, save_model
-from models.convnet import Whitening
-from models.layers import Resize, set_side
+from models.groupnet import Group
+from models.layers import Conv3x3, Resize, Whitening, set_side
 from tests.helpers import (
     MACHINE,
     STEPS_PER_EPOCH,
@@ -34,11 +35,11 @@ from tests.helpers import (
 )
 from train_cnn import CNNSettings
 from training import loop, run_folder
-from training.optimizers import Muon, make_optimizers
+from training.optimizers import Muon, NorMuon, make_optimizers
 from training.settings import Settings
 from utils import load_cifar100, to_float
 
-SMALL_ARGUMENTS = {"widths": (32, 40, 36), "blocks": (1, 2, 1), "side": 24}
+SMALL_ARGUMENTS = {"widths": (32, 40, 36), "blocks": (1, 2, 1), "inner": (8, 16, 24), "side": 24}
 SMALL_CONVNET = ("--widths", "8,8,12", "--blocks", "1,2,1", "--epochs", "3", "--sides", "16,18,20",
                  "--batch-size", "100")
 SMALL = {  # flags that make each recipe small
@@ -150,16 +151,51 @@ def test_reference_networks_have_their_known_size(name: str, parameters: int) ->
     assert sum(p.numel() for p in create_model(name).parameters()) == parameters
 
 
-def test_impossible_arguments_are_refused_in_one_line() -> None:
+@pytest.mark.parametrize(("name", "lengths"), [("convnet", {"blocks": (2, 2)}), ("groupnet", {"inner": (2, 2)})])
+def test_impossible_arguments_are_refused_in_one_line(name: str, lengths: dict[str, Any]) -> None:
     with pytest.raises(WeightsError) as refusal:
-        create_model("convnet", widths=(8,), blocks=(2, 2))
-    assert "\n" not in str(refusal.value)
+        create_model(name, widths=(8,), **lengths)
+    assert "\n" not in str(refusal.value) and "number" in str(refusal.value)
+
+
+@pytest.mark.parametrize("side", [1, 2, 3, 4, 5])
+def test_small_maps_are_convolved_without_their_padding(side: int) -> None:
+    torch.manual_seed(0)
+    layer, maps = Conv3x3(7, 5), torch.randn(3, 7, side, side).requires_grad_()
+    expected = F.conv2d(maps, layer.weight, padding=1)
+    with FlopCounterMode(display=False) as counter:
+        convolved = layer(maps)
+    torch.testing.assert_close(convolved, expected)
+    products = {1: 1, 2: 16, 3: 49, 4: 100}.get(side, 9 * side**2)
+    assert counter.get_total_flops() == 2 * 3 * 7 * 5 * products
+    weight_gradients = [torch.autograd.grad(out.square().sum(), layer.weight)[0] for out in (convolved, expected)]
+    torch.testing.assert_close(*weight_gradients, atol=1e-4, rtol=1e-4)
+
+
+@pytest.mark.parametrize("side", [6, 7])
+@pytest.mark.parametrize("kernel", [2, 3])
+def test_a_group_computes_no_row_that_pooling_drops(kernel: int, side: int) -> None:
+    torch.manual_seed(0)
+    group, maps = Group(4, 6, 3, kernel, (1, 1)), torch.randn(2, 4, side, side)
+    computed = []
+    group.first.register_forward_hook(lambda layer, args, out: computed.append(out.shape[2]))
+    group.norm.register_forward_pre_hook(lambda norm, args: computed.append(args[0]))
+    group(maps)
+    padded = F.pad(maps, ((kernel - 1) // 2, kernel // 2) * 2)
+    torch.testing.assert_close(computed[1], F.max_pool2d(F.conv2d(padded, group.first.weight), 2))
+    assert computed[0] == 6
+
+
+def test_a_new_group_passes_on_its_inputs() -> None:
+    group, maps = Group(4, 6, 4, 3, (3, 3)).eval(), torch.rand(2, 4, 8, 8)
+    passed = F.silu(F.max_pool2d(maps, 2))
+    torch.testing.assert_close(group(maps)[:, :4], passed + F.silu(F.silu(passed)), atol=1e-4, rtol=1e-4)
 
 
 def test_whitening_decorrelates_patches() -> None:
     torch.manual_seed(0)
     images = F.avg_pool2d(torch.rand(200, 3, 34, 34), 3, stride=1)  # neighbors alike, as in natural images
-    whiten = Whitening()
+    whiten = Whitening(epsilon=5e-4)
     whiten.fit(images)
     responses = whiten(images)[:, :12].transpose(0, 1).flatten(1)
     covariance = torch.cov(responses)
@@ -202,6 +238,25 @@ def test_muon_sgd_gives_filters_to_muon_and_the_rest_to_sgd() -> None:
     rates = {id(p): group["lr"] for group in sgd.param_groups for p in group["params"]}
     assert rates[id(model.head.weight)] == pytest.approx(0.04)
     assert rates[id(model.norm.bias)] == pytest.approx(0.08)
+
+
+def test_normuon_moves_all_filters_at_similar_rates() -> None:
+    torch.manual_seed(0)
+    weight = nn.Parameter(torch.zeros(32, 16, 3, 3))
+    plain, even = Muon([weight], lr=1.0), NorMuon([weight], lr=1.0)
+    steps = []
+    for optimizer in (plain, even):
+        weight.data.zero_()
+        weight.grad = torch.randn_like(weight) * torch.logspace(-3, 0, 32)[:, None, None, None]
+        optimizer.step()
+        steps.append(weight.detach().flatten(1).clone())
+    spreads = [step.norm(dim=1).max() / step.norm(dim=1).min() for step in steps]
+    assert spreads[0] > 1.5 and spreads[1] < 1.01
+    assert even.state[weight]["row_squares"].shape == (32,)
+    before = even.state[weight]["row_squares"].clone()
+    weight.grad = torch.randn_like(weight)
+    even.step()
+    assert not torch.equal(even.state[weight]["row_squares"], before)
 
 
 def test_fixed_norm_rotates_the_filters_by_the_rate() -> None:
@@ -251,6 +306,17 @@ def test_refreshed_norms_match_the_current_weights() -> None:
     assert model.norm.momentum == nn.BatchNorm2d(1).momentum
 
 
+def test_a_resumed_run_of_normuon_equals_a_whole_one(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    flags = ("--synthetic", *MACHINE, "--model", "groupnet", "--widths", "8,16,24", "--inner", "8,8,16", "--sides",
+             "16", "--optimizer", "normuon-sgd", "--corrupt", "0.3", "--epochs", "2", "--batch-size", "100")
+    assert run_cnn(tmp_path, *flags, "--name", "whole") == 0
+    with monkeypatch.context() as patch:
+        after_step(patch, 13, lambda: signal.raise_signal(signal.SIGTERM))
+        assert run_cnn(tmp_path, *flags, "--name", "stopped") == 128 + signal.SIGTERM
+    assert run_cnn(tmp_path, "--resume", "stopped", "--quiet") == 0
+    assert same_weights(tmp_path / "whole", tmp_path / "stopped")
+
+
 @pytest.mark.parametrize("recipe", train_cnn.RECIPES)
 def test_every_recipe_trains_end_to_end(recipe: str, tmp_path: Path) -> None:
     assert run_cnn(tmp_path, "--synthetic", *MACHINE, "--recipe", recipe, *SMALL[recipe]) == 0
@@ -287,8 +353,10 @@ def test_training_ends_by_refreshing_norms(tmp_path: Path) -> None:
     assert not torch.equal(running.norm.running_mean, refreshed.norm.running_mean)
 
 
-def test_muon_sgd_is_refused_for_the_mlp(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    assert train_tiny(tmp_path, "--optimizer", "muon-sgd") == 2
+@pytest.mark.parametrize("optimizer", ["muon-sgd", "normuon-sgd"])
+def test_muon_for_filters_is_refused_for_the_mlp(optimizer: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+                                                 ) -> None:
+    assert train_tiny(tmp_path, "--optimizer", optimizer) == 2
     assert "needs convolutions" in error_line(capsys)
 
 

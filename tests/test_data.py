@@ -38,7 +38,18 @@ from tests.imitation import (
     write_pngs,
     write_records,
 )
-from utils import Augmentation, Split, augment, batches, image_hashes, jitter, load_cifar100, load_test_set, to_float
+from utils import (
+    Augmentation,
+    Split,
+    augment,
+    batches,
+    corrupt,
+    image_hashes,
+    jitter,
+    load_cifar100,
+    load_test_set,
+    to_float,
+)
 
 OFFICIAL_SIZES = dict(utils.NUM_IMAGES)
 EVERYTHING = Augmentation(flip=True, crop=4)
@@ -691,6 +702,19 @@ def test_jitter_changes_only_brightness_and_contrast():
     for change in (contrast - 1, brightness.mean(1)):
         assert -0.2001 < change.min() < -0.1 and 0.1 < change.max() < 0.2001
     assert torch.equal(jitter(images, 0.0, torch.Generator()), images)
+
+
+def test_a_share_of_a_batch_is_corrupted():
+    images = to_float(small_split().images)[:30]
+    out = corrupt(images, 0.3, torch.Generator().manual_seed(0))
+    noisy, coarse, blurred = out[:3], out[3:6], out[6:9]
+    assert torch.equal(out[9:], images[9:]) and torch.equal(corrupt(images, 0.0, torch.Generator()), images)
+    for changed, original in zip(out[:9], images[:9], strict=True):
+        assert not torch.equal(changed, original)
+    assert (noisy - images[:3]).std() < 0.1 and noisy.min() >= 0 and noisy.max() <= 1
+    assert torch.equal(coarse[..., ::2, ::2], coarse[..., 1::2, 1::2])
+    torch.testing.assert_close(coarse.mean((2, 3)), images[3:6].mean((2, 3)))
+    assert (blurred.diff(dim=3).abs().mean((1, 2, 3)) < images[6:9].diff(dim=3).abs().mean((1, 2, 3))).all()
 
 
 def test_augmentation_depends_only_on_the_generators_seed():

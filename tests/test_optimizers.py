@@ -99,7 +99,8 @@ def test_every_optimizer_lowers_the_loss_on_a_batch(optimizer: str) -> None:
     assert losses[-1] < 0.5 * losses[0]
 
 
-@pytest.mark.parametrize(("optimizer", "needs"), [("muon", "hidden layers"), ("muon-sgd", "convolutions")])
+@pytest.mark.parametrize(("optimizer", "needs"), [("muon", "hidden layers"), ("muon-sgd", "convolutions"),
+                                                    ("normuon-sgd", "convolutions")])
 def test_muon_without_anything_to_update_is_refused(optimizer: str, needs: str) -> None:
     model = nn.Sequential()
     model.head = nn.Linear(3072, 100)

@@ -24,6 +24,7 @@ MAX_COUNT = 2**53  # far above any count; converts exactly to a float and to an 
 MAX_TENSORS = 100_000  # several times what a ResNet of 1,000 layers and its optimizer have
 STATE_NAMES = {  # by optimizer: the tensors that it keeps for each parameter, from the first step on
     "Muon": ("momentum",),
+    "NorMuon": ("momentum", "row_squares"),
     "SGD": ("momentum_buffer",),
     **dict.fromkeys(("Adam", "AdamW"), ("step", "exp_avg", "exp_avg_sq")),
 }
@@ -135,12 +136,12 @@ def _optimizer_state(tensors: dict[str, Tensor], optimizer: torch.optim.Optimize
     for key, tensor in tensors.items():
         index, name = key.split(".")
         parameter = parameters[int(index)]
-        counts_steps = name == "step"  # Adam's, a scalar
-        if tensor.shape != (() if counts_steps else parameter.shape) or tensor.dtype != torch.float32:
+        shape = {"step": (), "row_squares": parameter.shape[:1]}.get(name, parameter.shape)
+        if tensor.shape != shape or tensor.dtype != torch.float32:
             raise ValueError("the state of an optimizer has another shape or type")
-        if counts_steps and not tensor >= 1:
+        if name == "step" and not tensor >= 1:
             raise ValueError("the state of an optimizer has an impossible number of steps")
-        if not counts_steps:
+        if shape == parameter.shape:
             tensor = torch.empty_like(parameter, dtype=tensor.dtype).copy_(tensor)
         state.setdefault(int(index), {})[name] = tensor
     return state

@@ -12,6 +12,8 @@ from training.settings import Settings
 
 WIDE = 3  # columns per row at which orthogonalizing through the Gram matrix becomes cheaper
 SGD_MOMENTUM, SHIFT_RATE, HEAD_RATE = 0.85, 8.0, 4.0  # of SGD next to Muon: see docs/experiments.md
+NOR_SGD_MOMENTUM = 0.9  # of SGD next to NorMuon, Nesterov
+ROW_BETA = 0.95  # decay of the mean squares in NorMuon
 
 
 class Muon(torch.optim.Optimizer):
@@ -42,7 +44,7 @@ class Muon(torch.optim.Optimizer):
                     state["momentum"] = torch.zeros_like(parameter)
                 momentum = state["momentum"].mul_(group["momentum"]).add_(parameter.grad)
                 direction = parameter.grad.add(momentum, alpha=group["momentum"]).flatten(1).to(self.dtype)
-                update = orthogonalize(direction, group["iterations"]).view_as(parameter)
+                update = self._update(direction, group["iterations"], state).view_as(parameter)
                 if self.fixed_norm:
                     scale, kept = 1.0, len(parameter) ** 0.5 / parameter.norm()
                 else:
@@ -50,6 +52,23 @@ class Muon(torch.optim.Optimizer):
                     kept = 1 - group["lr"] * group["weight_decay"]
                 parameter.mul_(kept)
                 parameter.add_(update.to(parameter.dtype), alpha=-group["lr"] * scale)
+
+    def _update(self, direction: Tensor, iterations: int, state: dict[str, Tensor]) -> Tensor:
+        return orthogonalize(direction, iterations)
+
+
+class NorMuon(Muon):
+    """Muon whose steps are also divided, row by row, by the root of their running mean square.
+
+    So all filters move at similar rates; the norm of the whole step stays (Li et al. 2025, arXiv 2510.05491).
+    """
+
+    def _update(self, direction: Tensor, iterations: int, state: dict[str, Tensor]) -> Tensor:
+        update = super()._update(direction, iterations, state).float()
+        squares = update.square().mean(1)
+        mean = state.setdefault("row_squares", squares.clone()).lerp_(squares, 1 - ROW_BETA)
+        even = update / (mean.sqrt()[:, None] + 1e-8)
+        return even * (update.norm() / even.norm())
 
 
 def orthogonalize(matrix: Tensor, iterations: int) -> Tensor:
@@ -86,7 +105,8 @@ def make_optimizers(model: nn.Module, settings: Settings) -> list[torch.optim.Op
 
     Weight decay acts on matrices and filters, not on biases and scales. "muon" updates the matrices and
     filters below `model.head`, and AdamW the rest. "muon-sgd" updates only the filters, keeping their
-    norms, and SGD the rest: biases and the head at larger rates. Raises UserError if Muon would have nothing to update.
+    norms, and SGD the rest: biases and the head at larger rates. "normuon-sgd" does the same with NorMuon and a single
+    rate for the rest. Raises UserError if Muon would have nothing to update.
     """
     parameters = [p for p in model.parameters() if p.requires_grad]
     in_head = {id(p) for p in model.get_submodule("head").parameters()}
@@ -110,6 +130,11 @@ def make_optimizers(model: nn.Module, settings: Settings) -> list[torch.optim.Op
                   {"params": head, "lr": HEAD_RATE * settings.other_lr, **decay}]
         optimizers = [Muon(filters, momentum=settings.momentum, fixed_norm=True, **muon),
                       torch.optim.SGD(groups, lr=settings.other_lr, momentum=SGD_MOMENTUM, nesterov=True)]
+    elif settings.optimizer == "normuon-sgd":
+        filters = _required([p for p in parameters if p.ndim == 4], "normuon-sgd needs convolutions")
+        groups[0]["params"] = [p for p in matrices if p.ndim < 4]
+        optimizers = [NorMuon(filters, momentum=settings.momentum, fixed_norm=True, **muon),
+                      torch.optim.SGD(groups, lr=settings.other_lr, momentum=NOR_SGD_MOMENTUM, nesterov=True)]
     elif settings.optimizer == "sgd":
         optimizers = [torch.optim.SGD(groups, lr=settings.lr, momentum=settings.momentum)]
     else:

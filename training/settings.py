@@ -46,14 +46,15 @@ class Settings:
     # Length and optimizer.
     epochs: int = setting(10, "passes over the training set", low=1, high=50_000)
     batch_size: int = setting(500, "images per step", low=2, high=NUM_IMAGES["train"])
-    optimizer: str = setting("adamw", "optimizer; muon updates the hidden weights only, and AdamW (SGD with muon-sgd) "
-                             "the rest", choices=("adam", "adamw", "sgd", "muon", "muon-sgd"))
+    optimizer: str = setting("adamw", "optimizer; muon updates the hidden weights only, and AdamW (SGD with muon-sgd "
+                             "and normuon-sgd) the rest",
+                             choices=("adam", "adamw", "sgd", "muon", "muon-sgd", "normuon-sgd"))
     lr: float = setting(1e-3, "peak learning rate", above=0, high=MAX_RATE)
     other_lr: float = setting(1e-3, "peak learning rate of the AdamW or SGD next to Muon", above=0,
-                              high=MAX_RATE, needs={"optimizer": ("muon", "muon-sgd")})
+                              high=MAX_RATE, needs={"optimizer": ("muon", "muon-sgd", "normuon-sgd")})
     momentum: float = setting(0.9, "momentum of SGD (plain) and of Muon (Nesterov)", low=0, high=0.999,
-                              needs={"optimizer": ("sgd", "muon", "muon-sgd")})
-    weight_decay: float = setting(0.0, "weight decay of weight matrices and filters; muon-sgd fixes the norms "
+                              needs={"optimizer": ("sgd", "muon", "muon-sgd", "normuon-sgd")})
+    weight_decay: float = setting(0.0, "weight decay of weight matrices and filters; the last two fix the norms "
                                   "of its filters instead", low=0, high=1_000_000)
     warmup: float = setting(0.0, "fraction of all steps over which the learning rate rises from zero", low=0,
                             high=1)
@@ -69,6 +70,8 @@ class Settings:
                         low=0, high=31, one_batch=False)
     jitter: float = setting(0.0, "change brightness and contrast of training images by up to this fraction",
                             low=0, high=1, one_batch=False)
+    corrupt: float = setting(0.0, "make this fraction of training images noisy, coarse or blurred", low=0, high=1,
+                             one_batch=False)
     mixup: float = setting(0.0, "alpha of MixUp's Beta distribution; 0 turns MixUp off", low=0,
                            high=1_000_000, one_batch=False)
 
