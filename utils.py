@@ -3,7 +3,8 @@
 Specific to this project: images are uint8 [N, 3, 32, 32] until they are in a batch. Everything random is a function
 of its arguments, never of a generator's hidden state.
 
-Training uses `load_cifar100`, which never reads a test image. Only evaluation uses `load_test_set`.
+Training uses `load_cifar100`, which never reads a test image except to verify a download. Only evaluation uses
+`load_test_set`.
 
     python utils.py        # check the training images in data/ or $CIFAR100_DIR; download the dataset if it is missing
 """
@@ -96,8 +97,8 @@ def load_cifar100(
     """Load the training images as (train, val): 45,000 and 5,000, or all 50,000 and None with `train_on_all`.
 
     `data_dir` may have them in any form that `data.formats` reads; the images, their order and the split are always the
-    same. If it has none, the dataset is downloaded. Raises UserError if files are damaged or missing, the folder does
-    not exist or cannot be used, or the download fails.
+    same. If it has none, the dataset is downloaded; test images are read only to verify that. Raises UserError if files
+    are damaged or missing, the folder does not exist or cannot be used, or the download fails.
     """
     if use_synthetic:
         train, val = _synthetic_split("train"), _synthetic_split("val")
@@ -171,6 +172,8 @@ def _load_official(data_dir: Path, part: str, data_url: str = "") -> Split:
             download(data_dir, mirror(url) if url else (), _checked)
             found = read_part(data_dir, part)
             assert found is not None
+        elif data_url:
+            print(f"nothing is downloaded from --data-url: {found.source} is there")
         return _checked(found, part)
     except OSError as error:
         raise UserError(f"cannot use the data folder {data_dir} ({error.strerror or error}): "
@@ -352,12 +355,21 @@ def compute_logits(model: nn.Module, images: Tensor, batch_size: int = 1000) -> 
     return logits
 
 
+DESCRIPTION = """Download CIFAR-100, or check the training images if the data folder has any.
+
+A download is up to 170 MB. It comes from Hugging Face (needs pyarrow), fast.ai or the official host, whichever works
+first, and becomes 184 MB in cifar-100-binary/. The SHA-256 of its images and labels must be that of the official ones.
+"""
+
+
 def main(argv: list[str] | None = None) -> int:
-    parser = Parser(prog="utils.py", description=__doc__)
+    parser = Parser(prog="utils.py", description=DESCRIPTION)
     parser.add_data_dir()
     parser.add_argument("--data-url", default="", metavar="URL", help="an archive (.tar.gz) or a folder (/) from which "
                         "to download first; see data/README.md (default: $CIFAR100_URL)")
     options = parser.parse_args(argv)
+    if options.data_url:
+        mirror(options.data_url)  # refuses an address that cannot be one, also if the data is there
     data_dir = options.data_dir or default_data_dir()
     train = _load_official(Path(data_dir), "train", options.data_url)
     print(f"CIFAR-100 is in {data_dir}: its {len(train):,} training images are complete and unchanged")

@@ -60,6 +60,10 @@ class SourceFailed(Exception):
     """A source is not there, is too slow, or does not have the official images."""
 
 
+class _TooSlow(SourceFailed):
+    """The source may work if it is given more time."""
+
+
 class _HungUp(SourceFailed):
     """The server closed the connection before the end of the file."""
 
@@ -90,7 +94,8 @@ def download(data_dir: Path, first: Sequence[Source], check: Callable[[Found, st
     held = lock(staging / ".lock", f"another process is downloading CIFAR-100 into {data_dir}: wait until it is done")
     try:
         if not (data_dir / BINARY_FOLDER).exists():  # else another process has just put it there
-            _from_first_that_works([source for source in (*first, *SOURCES) if source.is_readable], staging, check)
+            own, public = ([source for source in sources if source.is_readable] for sources in (first, SOURCES))
+            _from_first_that_works(own, public, staging, check)
             os.replace(staging / BINARY_FOLDER, data_dir / BINARY_FOLDER)
             flush_to_disk(data_dir)
         for folder in staging.glob("*/"):
@@ -103,25 +108,34 @@ def download(data_dir: Path, first: Sequence[Source], check: Callable[[Found, st
                 staging.rmdir()
 
 
-def _from_first_that_works(sources: Sequence[Source], staging: Path, check: Callable[[Found, str], Any]) -> None:
-    """Make the folder of the binary version in `staging`. Raises UserError if no source works."""
-    print(f"CIFAR-100 is not in {staging.parent}: downloading it (up to 170 MB) from {sources[0].name}", flush=True)
-    for source, following in zip(sources, [*sources[1:], None], strict=True):
+def _from_first_that_works(
+    own: Sequence[Source], public: Sequence[Source], staging: Path, check: Callable[[Found, str], Any]
+) -> None:
+    """Make the folder of the binary version in `staging`. Raises UserError if no source works.
+
+    One's own sources and the last public one are given their time. A slow one before it is continued if that one fails.
+    """
+    attempts = [(source, True) for source in own] + [(source, source == public[-1]) for source in public]
+    print(f"CIFAR-100 is not in {staging.parent}: downloading it (up to 170 MB) from {attempts[0][0].name}", flush=True)
+    for number, (source, patient) in enumerate(attempts, start=1):  # the list may grow
         folder = staging / re.sub(r"\W+", "-", source.name)
         folder.mkdir(exist_ok=True)
         try:
             for url in source.urls:
-                _fetch(url, folder, is_last=following is None)
+                _fetch(url, folder, patient)
             _convert(folder, staging / BINARY_FOLDER, check)
             return
         except SourceFailed as error:
             with suppress(OSError):
                 folder.rmdir()  # if it is empty
-            if following is None:
+            if isinstance(error, _TooSlow) and not patient:
+                attempts.append((source, True))
+            if number == len(attempts):
                 raise UserError(
                     f"cannot download CIFAR-100 into {staging.parent} ({error}): check the network, put the files "
                     "there yourself (see data/README.md), or train with --synthetic") from error
-            warn(f"{source.name}: {error}; trying {following.name}")
+            again = " again" if number >= len(own) + len(public) else ""
+            warn(f"{source.name}: {error}; trying {attempts[number][0].name}{again}")
 
 
 def _convert(folder: Path, target: Path, check: Callable[[Found, str], Any]) -> None:
@@ -145,8 +159,11 @@ def _convert(folder: Path, target: Path, check: Callable[[Found, str], Any]) -> 
 # ---- One file -------------------------------------------------------------------------------------------------------
 
 
-def _fetch(url: str, folder: Path, *, is_last: bool) -> None:
-    """Download a file into `folder`, or the rest of it if a part is there. Raises SourceFailed."""
+def _fetch(url: str, folder: Path, patient: bool) -> None:
+    """Download a file into `folder`, or the rest of it if a part is there. Raises SourceFailed.
+
+    patient: wait for a slow source. Otherwise one below MIN_RATE raises _TooSlow.
+    """
     name = urlsplit(url).path.rpartition("/")[2]
     path = folder / (ARCHIVES[-1] if name.endswith((".tar.gz", ".tgz")) else name)  # a name that `read_part` knows
     partial, version = path.with_name(f"{path.name}.part"), path.with_name(f"{path.name}.version")
@@ -156,7 +173,7 @@ def _fetch(url: str, folder: Path, *, is_last: bool) -> None:
         for _ in range(ATTEMPTS):
             start = partial.stat().st_size if partial.exists() and version.exists() else 0
             try:
-                _receive(url, start, partial, version, name, is_last)
+                _receive(url, start, partial, version, name, patient)
                 break
             except _HungUp:
                 if partial.exists() and partial.stat().st_size > start:
@@ -175,7 +192,7 @@ def _fetch(url: str, folder: Path, *, is_last: bool) -> None:
     version.unlink(missing_ok=True)
 
 
-def _receive(url: str, start: int, partial: Path, version: Path, title: str, is_last: bool) -> None:
+def _receive(url: str, start: int, partial: Path, version: Path, title: str, patient: bool) -> None:
     """Append to `partial` from byte `start` on if the server still has the same `version` of it, else start again.
 
     version: a file with the ETag or the date by which the server recognizes what it has sent.
@@ -183,7 +200,7 @@ def _receive(url: str, start: int, partial: Path, version: Path, title: str, is_
     headers = {"User-Agent": "cifar100"}
     if start:
         headers |= {"Range": f"bytes={start}-", "If-Range": version.read_text(encoding="latin-1")}
-    timeout = NETWORK_TIMEOUT if is_last else min(NETWORK_TIMEOUT, STALL_SECONDS)
+    timeout = NETWORK_TIMEOUT if patient else min(NETWORK_TIMEOUT, STALL_SECONDS)
     with _network_errors():
         response = urlopen(Request(url, headers=headers), timeout=timeout)
     with response:
@@ -195,7 +212,7 @@ def _receive(url: str, start: int, partial: Path, version: Path, title: str, is_
         with (open(partial, "ab" if start else "wb") as file,
               tqdm(desc=title, total=total, initial=start, unit="B", unit_scale=True, disable=None) as bar):
             _note_version(response.headers, version)
-            for chunk in _chunks(response, 0 if is_last else MIN_RATE):
+            for chunk in _chunks(response, 0 if patient else MIN_RATE):
                 if file.tell() + len(chunk) > MAX_BYTES:
                     version.unlink(missing_ok=True)  # there is nothing to continue
                     raise SourceFailed(f"has more than {MAX_BYTES:,} bytes")
@@ -217,7 +234,7 @@ def _note_version(headers: Any, version: Path) -> None:
 
 
 def _chunks(response: Any, min_rate: int) -> Iterator[bytes]:
-    """The content as it arrives. Raises SourceFailed if less than `min_rate` bytes/s arrive for STALL_SECONDS."""
+    """The content as it arrives. Raises _TooSlow if less than `min_rate` bytes/s arrive for STALL_SECONDS."""
     since, received = time.monotonic(), 0
     while True:
         with _network_errors():
@@ -229,7 +246,7 @@ def _chunks(response: Any, min_rate: int) -> Iterator[bytes]:
         seconds = time.monotonic() - since
         if seconds >= STALL_SECONDS:
             if received < min_rate * seconds:
-                raise SourceFailed(f"only {received / seconds / 1000:.0f} kB/s")
+                raise _TooSlow(f"only {received / seconds / 1000:.0f} kB/s")
             since, received = time.monotonic(), 0
 
 
@@ -239,7 +256,9 @@ def _network_errors() -> Iterator[None]:
     try:
         yield
     except (OSError, http.client.HTTPException, ValueError) as error:  # ValueError: an address with odd characters
-        reason = getattr(error, "reason", None) or getattr(error, "strerror", None) or error
+        reason = getattr(error, "reason", None) or error  # of a URLError: another error
+        words = getattr(reason, "strerror", None) or reason
         cannot_continue = getattr(error, "code", None) == http.HTTPStatus.REQUESTED_RANGE_NOT_SATISFIABLE
         hung_up = isinstance(error, (ConnectionError, http.client.IncompleteRead)) or cannot_continue
-        raise (_HungUp if hung_up else SourceFailed)(printable(str(reason))) from error
+        kind = _HungUp if hung_up else _TooSlow if isinstance(error, TimeoutError) else SourceFailed
+        raise kind(printable(str(words))) from error

@@ -32,6 +32,7 @@ ARCHIVES = (f"{BINARY_FOLDER}.tar.gz", f"{PYTHON_FOLDER}.tar.gz", f"{FAST_AI}.tg
 MAX_UNPACKED = 500_000_000  # bytes; the largest archive has 280 million
 UNPACK_AGAIN = "unpack the official archive again"  # advice at the end of messages
 MOVE_AWAY = "move it away to download CIFAR-100"
+ADD_THE_OTHER = "add that part, or move the other away to download both"
 
 
 class Found(NamedTuple):
@@ -61,14 +62,12 @@ def read_part(data_dir: Path, part: str) -> Found | None:
     for name in ARCHIVES:
         if is_there(data_dir / name):
             return _read_archive(data_dir / name, part)
-    for folder in (data_dir, data_dir / FAST_AI, data_dir / "data"):
-        if files := sorted(folder.glob(f"{part}-*.parquet")):
-            return _read_parquet(files, part)
-    for folder in (data_dir / part, data_dir / FAST_AI / part):
-        if _has_classes(folder):
-            pngs = ((path.parent.name, str(path), path.read_bytes())
-                    for pattern in ("*/*.png", "*/*/*.png") for path in folder.glob(pattern))
-            return _decode(pngs, part, folder)
+    if files := _parquet_files(data_dir, part):
+        return _read_parquet(files, part)
+    if classes := _class_folder(data_dir, part):
+        pngs = ((path.parent.name, str(path), path.read_bytes())
+                for pattern in ("*/*.png", "*/*/*.png") for path in classes.glob(pattern))
+        return _decode(pngs, part, classes)
     _refuse_incomplete(data_dir, part)
     return None
 
@@ -87,9 +86,16 @@ def _places(data_dir: Path, name: str) -> tuple[Path, ...]:
     return data_dir / name, data_dir / name / name, data_dir
 
 
-def _has_classes(folder: Path) -> bool:
-    """Whether a folder has at least one subfolder with the name of a class; `train` may be any folder."""
-    return folder.is_dir() and any(path.name in (*FINE_NAMES, *COARSE_NAMES) for path in folder.iterdir())
+def _parquet_files(data_dir: Path, part: str) -> list[Path]:
+    """Hugging Face's files of a part, from the first folder that has any."""
+    folders = data_dir, data_dir / FAST_AI, data_dir / "data"
+    return next(filter(None, (sorted(folder.glob(f"{part}-*.parquet")) for folder in folders)), [])
+
+
+def _class_folder(data_dir: Path, part: str) -> Path | None:
+    """The folder of a part's PNGs. It has a subfolder with the name of a class, since `train` may be any folder."""
+    return next((folder for folder in (data_dir / part, data_dir / FAST_AI / part) if folder.is_dir()
+                 and any(path.name in (*FINE_NAMES, *COARSE_NAMES) for path in folder.iterdir())), None)
 
 
 def _refuse_incomplete(data_dir: Path, part: str) -> None:
@@ -100,6 +106,11 @@ def _refuse_incomplete(data_dir: Path, part: str) -> None:
             if is_there(folder) and (folder.name == name or any(is_there(folder / other) for other in others)):
                 missing = [file for file in needed if not is_there(folder / file)]
                 raise UserError(f"{folder} has no {' and no '.join(missing)}: {UNPACK_AGAIN}")
+    other = "test" if part == "train" else "train"
+    if files := _parquet_files(data_dir, other):
+        raise UserError(f"{files[0].parent} has {other}-*.parquet, but no {part}-*.parquet: {ADD_THE_OTHER}")
+    if classes := _class_folder(data_dir, other):
+        raise UserError(f"{classes} has images by class, but {classes.with_name(part)} has none: {ADD_THE_OTHER}")
 
 
 # ---- The official versions ------------------------------------------------------------------------------------------

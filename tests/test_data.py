@@ -481,6 +481,19 @@ def test_a_missing_file_is_named_and_nothing_downloaded(below, official_data_dir
     assert refusal(load_test_set, tmp_path) == f"{tmp_path / below} has no test.bin: {formats.UNPACK_AGAIN}"
 
 
+@pytest.mark.parametrize("below", [".", "cifar100"])
+@pytest.mark.parametrize(("part", "other"), [("train", "test"), ("test", "train")])
+def test_a_missing_part_is_named_and_nothing_downloaded(part, other, below, tmp_path):
+    place = tmp_path / below
+    (place / other / "fish" / "shark").mkdir(parents=True)
+    (place / part).mkdir()
+    text = refusal(LOADERS[part], tmp_path)
+    assert text == f"{place / other} has images by class, but {place / part} has none: {formats.ADD_THE_OTHER}"
+    (place / f"{other}-00000-of-00001.parquet").touch()
+    text = refusal(LOADERS[part], tmp_path)
+    assert text == f"{place} has {other}-*.parquet, but no {part}-*.parquet: {formats.ADD_THE_OTHER}"
+
+
 def test_missing_files_of_the_python_version_are_named(python_data_dir, tmp_path):
     folder = unpack_with(tmp_path, python_data_dir)
     (folder / "meta").unlink()

@@ -26,6 +26,7 @@ from tests.imitation import assert_same, png, read_records, refusal, write_recor
 from utils import load_cifar100
 
 ARCHIVE = "/cifar-100-binary.tar.gz"
+PUBLIC = download.SOURCES  # tests replace them
 
 
 @dataclass
@@ -208,9 +209,25 @@ def parquet_files(official_data_dir: Path) -> dict[str, bytes]:
 
 @pytest.mark.parametrize("url", ["x", "ftp://host/a.tgz", "file:///a.tgz", "http://host/a.zip", "http://host",
                                  "http://[host/a.tgz"])
-def test_an_address_that_cannot_be_a_mirror_is_refused(url, data_dir, capsys):
-    assert exit_status(lambda: utils.main(["--data-dir", str(data_dir), "--data-url", url])) == 2
-    assert url in error_line(capsys)
+def test_an_address_that_cannot_be_a_mirror_is_refused(url, data_dir, official_data_dir, capsys):
+    for folder in (data_dir, official_data_dir):  # even if nothing needs to be downloaded
+        assert exit_status(lambda folder=folder: utils.main(["--data-dir", str(folder), "--data-url", url])) == 2
+        assert url in error_line(capsys)
+
+
+def test_a_mirror_that_is_not_needed_is_mentioned(official_data_dir, capsys):
+    assert utils.main(["--data-dir", str(official_data_dir), "--data-url", "http://user:secret@127.0.0.1:9/"]) == 0
+    first, _ = capsys.readouterr().out.splitlines()
+    train = official_data_dir / "cifar-100-binary" / "train.bin"
+    assert first == f"nothing is downloaded from --data-url: {train} is there"
+
+
+def test_the_help_says_what_is_downloaded_and_from_where(capsys):
+    with pytest.raises(SystemExit):
+        utils.main(["--help"])
+    description = capsys.readouterr().out.partition("\n\n")[2].partition("options:")[0]
+    assert description.startswith("Download CIFAR-100") and "up to 170 MB" in description
+    assert all(source.name in " ".join(description.split()) for source in PUBLIC)
 
 
 def test_parquet_files_need_pyarrow(monkeypatch):
@@ -289,7 +306,7 @@ def test_a_dead_server_gives_way(archive, data_dir, official_data_dir, monkeypat
             load_cifar100(data_dir)
     assert_complete(data_dir, official_data_dir)
     refused, silence = capsys.readouterr().err.splitlines()
-    assert "refused" in refused and "timed out" in silence
+    assert "refused" in refused and "[" not in refused and "timed out" in silence  # no number such as [Errno 111]
 
 
 def test_a_server_that_does_not_speak_http_is_one_line(data_dir, monkeypatch):
@@ -313,6 +330,46 @@ def test_a_slow_source_gives_way_and_the_last_has_its_time(archive, data_dir, of
     assert_complete(data_dir, official_data_dir)
     line, = capsys.readouterr().err.splitlines()
     assert line.startswith("warning: A: only ") and line.endswith(" kB/s; trying B")
+
+
+@pytest.mark.parametrize("fault", [{"pause": 0.02}, {"stop": 2**22}])
+def test_a_slow_source_is_continued_if_all_others_fail(
+    fault, archive, data_dir, official_data_dir, monkeypatch, capsys
+):
+    monkeypatch.setattr(download, "MIN_RATE", 10**9)
+    monkeypatch.setattr(download, "NETWORK_TIMEOUT", 5.0)
+
+    class Missing(Handler):
+        def do_GET(self) -> None:
+            slow.stop = None  # it only had to be waited for
+            super().do_GET()
+
+    with serving(Mirror({ARCHIVE: archive}, **fault)) as slow, running(partial(Missing, Mirror({}))) as url:
+        sources(monkeypatch, slow, Mirror({}, url=url))
+        load_cifar100(data_dir)
+    assert_complete(data_dir, official_data_dir)
+    first, second = slow.asked
+    assert first == "" and second.startswith("bytes=")
+    given_up, again = capsys.readouterr().err.splitlines()
+    assert given_up.endswith("; trying B") and again == "warning: B: Not Found; trying A again"
+
+
+def test_a_slow_source_is_tried_twice_at_most(archive, data_dir, monkeypatch, capsys):
+    with serving(Mirror({ARCHIVE: archive}, stop=2**22)) as slow, serving(Mirror({})) as missing:
+        sources(monkeypatch, slow, missing)
+        assert "timed out" in refusal(load_cifar100, data_dir)
+    assert len(slow.asked) == 2 and len(capsys.readouterr().err.splitlines()) == 2
+
+
+def test_a_slow_mirror_of_ones_own_is_given_its_time(archive, data_dir, official_data_dir, monkeypatch, capsys):
+    monkeypatch.setattr(download, "MIN_RATE", 10**9)
+    monkeypatch.setattr(download, "NETWORK_TIMEOUT", 5.0)
+    with serving(Mirror({ARCHIVE: archive}, pause=0.02)) as slow, serving(Mirror(slow.files)) as public:
+        sources(monkeypatch, public)
+        monkeypatch.setenv("CIFAR100_URL", slow.url + ARCHIVE)
+        load_cifar100(data_dir)
+    assert_complete(data_dir, official_data_dir)
+    assert public.asked == [] and capsys.readouterr().err == ""
 
 
 # ---- Downloads that go on -------------------------------------------------------------------------------------------
