@@ -21,6 +21,7 @@ from PIL import Image
 from common.command_line import exit_status
 from data import synthetic
 from evaluation.finished_runs import FinishedRun
+from evaluation.images import answer, answer_text, find_weights
 from models import load_model
 from tests.helpers import MACHINE, ROOT, after_step, train_tiny
 
@@ -56,6 +57,16 @@ def test_the_tour_is_committed_as_it_ran() -> None:
     assert TOUR.stat().st_size < 400_000
 
 
+def test_the_tour_shows_what_the_network_answers_today() -> None:
+    cells = json.loads(TOUR.read_text(encoding="utf-8"))["cells"]
+    (run,) = re.findall('^RUN = "(.*?)"', "".join(line for cell in cells for line in cell["source"]), re.MULTILINE)
+    (cell,) = (cell for cell in cells if "answer_text(answer(" in "".join(cell["source"]))
+    (printed,) = cell["outputs"]
+    (drawing,) = re.findall('Path\\("(.*?)"\\)', "".join(cell["source"]))
+    today = answer_text({**answer(load_model(find_weights(run)), ROOT / drawing), "file": drawing})
+    assert "".join(printed["text"]) == today + "\n"
+
+
 @pytest.mark.slow
 def test_the_tour_runs(tmp_path: Path) -> None:
     """On CIFAR-100 if it is here, else with a network trained on synthetic images."""
@@ -87,12 +98,14 @@ def test_a_network_learns_own_images_as_the_document_says(tmp_path: Path) -> Non
             for number, image in enumerate(images[labels == label]):
                 photo = Image.fromarray(image.permute(1, 2, 0).numpy()).resize((90, 64))
                 photo.save(tmp_path / "photos" / part / name / f"{number}.png")
+    for folder in ("train", "train/disc"):
+        (tmp_path / "photos" / folder / ".DS_Store").touch()  # as on a Mac
     photo.save(tmp_path / "photo.jpg")
     (tmp_path / "own.py").write_text(script, encoding="utf-8")
     printed = run_python("-c", "import own\n" + prediction, cwd=tmp_path)
     assert float(re.findall(r"val acc ([\d.]+)%", printed)[-1]) >= 80
     assert load_model(tmp_path / "own.safetensors").model_args["num_classes"] == 2
-    assert "tensor([" in printed.splitlines()[-1]
+    assert printed.splitlines()[-2] == "('disc', 'square')" and "tensor([" in printed.splitlines()[-1]
 
 
 # ---- Your own network -----------------------------------------------------------------------------------------------
@@ -100,10 +113,12 @@ def test_a_network_learns_own_images_as_the_document_says(tmp_path: Path) -> Non
 
 def test_a_network_is_added_as_the_document_says(tmp_path: Path) -> None:
     """One file and one line, and every command works; the first training is interrupted, and resumed by a command."""
-    for place in ("common", "data", "docs", "evaluation", "models", "tests", "tools", "training"):
-        shutil.copytree(ROOT / place, tmp_path / place, ignore=shutil.ignore_patterns("cifar-100-*", "__pycache__"))
-    for file in (*ROOT.glob("*.py"), ROOT / "pyproject.toml"):
-        shutil.copy(file, tmp_path)
+    for place in ("common", "docs", "evaluation", "models", "tests", "tools", "training"):
+        shutil.copytree(ROOT / place, tmp_path / place, ignore=shutil.ignore_patterns("__pycache__"))
+    (tmp_path / "data").mkdir()  # the dataset may be in it, in any form
+    for pattern in ("*.py", "pyproject.toml", "data/*.py", "data/official-order.npy"):
+        for file in ROOT.glob(pattern):
+            shutil.copy(file, tmp_path / file.relative_to(ROOT))
     network, line = code_blocks("own-network.md", "python")
     (tmp_path / "models" / "yours.py").write_text(network, encoding="utf-8")
     registry = tmp_path / "models" / "__init__.py"
