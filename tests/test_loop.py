@@ -613,7 +613,7 @@ def test_a_notice_before_a_request_to_stop_does_not_kill(
         signal.signal(signal.SIGTERM, before)
     before = signal.signal(signal.SIGINT, signal.default_int_handler)  # a job in the background ignores it
     try:
-        with pytest.raises(KeyboardInterrupt), loop.StopRequest():  # the second demand acts at once, whatever is between
+        with pytest.raises(KeyboardInterrupt), loop.StopRequest():  # the second demand acts at once
             for number in (signal.SIGHUP, signal.SIGINT, signal.SIGUSR1, signal.SIGINT):
                 signal.raise_signal(number)
     finally:
