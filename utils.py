@@ -298,7 +298,7 @@ def corrupt(images: Tensor, share: float, generator: torch.Generator) -> Tensor:
     A third of them gets Gaussian noise, with a standard deviation of up to NOISE; a third has half the resolution; the
     last third is blurred, each image more or less.
     """
-    third = round(share * len(images) / 3)
+    third = min(round(share * len(images) / 3), len(images) // 3)
     if not third:
         return images
     noisy, coarse, sharp, rest = images.split([third, third, third, len(images) - 3 * third])
