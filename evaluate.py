@@ -145,14 +145,14 @@ def _own_name(name: str, results_dir: Path) -> str:
 
 
 def _chosen(names: list[str], results_dir: Path) -> list[FinishedRun]:
-    """The runs of these names, or all finished ones. Raises UserError for an unknown name, or if there are no runs."""
+    """The runs of these names, or all finished ones. Raises UserError for an unknown name, or without any run."""
     if names:
         return [named_run(name, results_dir) for name in names]
     runs, unfinished = find_runs(results_dir), find_unfinished(results_dir)
     if not runs and unfinished:
         raise UserError(not_finished(unfinished[-1]))
     if not runs:
-        raise UserError(f"there is no run in {results_dir}: train one first, with "
+        raise UserError(f"{results_dir} has no runs: train one first, with "
                         f"{next_command(['python', 'train_mlp.py'], results_dir)}")
     if unfinished:
         warn(f"left out, since not finished: {', '.join(printable(folder.name) for folder in unfinished)}")

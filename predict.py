@@ -161,7 +161,7 @@ def export(model: nn.Module, path: Path) -> str:
     if path.exists():
         raise UserError(f"{path} exists: choose another name, or delete it first")
     if not path.parent.is_dir():
-        raise UserError(f"cannot write {path}: there is no folder {path.parent}")
+        raise UserError(f"cannot write {path}: the folder {path.parent} does not exist")
     try:
         import onnxscript  # noqa: F401 (PyTorch's exporter needs it, and it brings onnx)
     except ImportError:

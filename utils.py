@@ -28,16 +28,16 @@ from torch import Tensor, nn
 from common.command_line import Parser, absolute_path, exit_status
 from common.errors import UserError
 from common.files import ROOT
-from data import synthetic
-from data.classes import COARSE_NAMES, COARSE_OF_FINE, FINE_NAMES, NUM_IMAGES
-from data.download import download, mirror
-from data.formats import Found, is_there, read_part
+from dataset import synthetic
+from dataset.classes import COARSE_NAMES, COARSE_OF_FINE, FINE_NAMES, NUM_IMAGES
+from dataset.download import download, mirror
+from dataset.formats import Found, is_there, read_part
 
 CONTENT_DIGESTS = {  # of the official files; see `content_digest`
     "train": "3795f8f205d6d1651ff2659a6044dab3379c35c127403bd96cfde2757219935b",
     "test": "ab99a27592fed27c32d9aa446c668795bde7daaa76989b5bbf0e8835f5633a02",
 }
-OFFICIAL_ORDER = ROOT / "data" / "official-order.npy"  # uint16 [60000]; see `_in_official_order`
+OFFICIAL_ORDER = ROOT / "dataset" / "official-order.npy"  # uint16 [60000]; see `_in_official_order`
 VAL_PER_CLASS = 50
 NOISE = 0.1  # the largest standard deviation of the noise in `corrupt`, for images in [0, 1]
 
@@ -96,9 +96,9 @@ def load_cifar100(
 ) -> tuple[Split, Split | None]:
     """Load the training images as (train, val): 45,000 and 5,000, or all 50,000 and None with `train_on_all`.
 
-    `data_dir` may have them in any form that `data.formats` reads; the images, their order and the split are always the
-    same. If it has none, the dataset is downloaded; test images are read only to verify that. Raises UserError if files
-    are damaged or missing, the folder does not exist or cannot be used, or the download fails.
+    `data_dir` may have them in any form that `dataset.formats` reads; the images, their order and the split are always
+    the same. If it has none, the dataset is downloaded; test images are read only to verify that. Raises UserError if
+    files are damaged or missing, the folder does not exist or cannot be used, or the download fails.
     """
     if use_synthetic:
         train, val = _synthetic_split("train"), _synthetic_split("val")
@@ -164,8 +164,8 @@ def _load_official(data_dir: Path, part: str, data_url: str = "") -> Split:
     data_dir = absolute_path(str(data_dir))
     try:
         if not is_there(data_dir):
-            raise UserError(f"there is no folder {data_dir}{_suggestion(data_dir)}: create it to download CIFAR-100 "
-                            "into it, or name another one with --data-dir or $CIFAR100_DIR")
+            raise UserError(f"the folder {data_dir} does not exist{_suggestion(data_dir)}: create it to download "
+                            "CIFAR-100 into it, or name another one with --data-dir or $CIFAR100_DIR")
         found = read_part(data_dir, part)
         if found is None:
             url = data_url or os.environ.get("CIFAR100_URL")

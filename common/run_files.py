@@ -22,7 +22,7 @@ def places(name: str, results_dir: Path) -> tuple[Path, Path]:
 def find_run(name: str, results_dir: Path) -> Path:
     """The folder of a run given as a shell completes it: by its name, its folder, or a file in that.
 
-    A user's own run goes before a published one of the same name. If there is no such run, the folder of that name, or
+    A user's own run goes before a published one of the same name. Without such a run, the folder of that name, or
     `name` in `results_dir`.
     """
     own = places(name, results_dir)

@@ -254,7 +254,7 @@ def updated(path: Path, published: Published, root: Path) -> tuple[str, list[str
     def write(name: str, old: str) -> str:
         try:
             if name not in BLOCKS:
-                raise UserError(f"there is no such block; there are: {', '.join(BLOCKS)}")
+                raise UserError(f"unknown block; choose one of: {', '.join(BLOCKS)}")
             text = BLOCKS[name](published)
         except (UserError, WeightsError) as problem:
             problems.append(f"{document}, block {name}: {problem}")

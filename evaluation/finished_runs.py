@@ -62,7 +62,7 @@ class TestSet:
 
 
 def _read_hashes(path: Path) -> np.ndarray:
-    """The hashes in a list of near-duplicates, uint64 [N]; empty if there is no list."""
+    """The hashes in a list of near-duplicates, uint64 [N]; empty without a list."""
     if not path.exists():
         return np.array([], dtype=np.uint64)
     require_file(path)

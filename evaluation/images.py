@@ -306,13 +306,13 @@ def find_weights(name: str | None, results_dir: Path = RESULTS_DIR) -> Path:
     """The weights of the run `name` (see `named_run`), or the weights file of that path.
 
     None stands for the published recipe with the highest mean accuracy in results.json, as far as it has weights.
-    Raises UserError if there are no such weights, or if the run was trained on synthetic images.
+    Raises UserError if they do not exist, or if the run was trained on synthetic images.
     """
     if name is None:
         runs = runs_by_name([run for run in find_runs(results_dir) if run.weights.exists()])
         name = next((run for run in _published_by_accuracy(results_dir) if run in runs), None)
         if name is None:
-            raise UserError(f"there are no weights in {results_dir / PUBLISHED}: name one of your runs with --model")
+            raise UserError(f"{results_dir / PUBLISHED} has no weights: name one of your runs with --model")
     given = next(filter(os.path.exists, places(name, results_dir)), None)
     if given is not None and given.is_file():
         _require_weights(given)

@@ -69,7 +69,7 @@ def create_model(name: str, **kwargs: Any) -> nn.Module:
     Raises WeightsError for an unknown name or unknown arguments.
     """
     if name not in _MODELS:
-        raise WeightsError(f"there is no model {name!r}; there are: {', '.join(list_models())}")
+        raise WeightsError(f"unknown model {name!r}; choose one of: {', '.join(list_models())}")
     try:
         arguments = inspect.signature(_MODELS[name]).bind(**kwargs)
         arguments.apply_defaults()  # a weights file must not depend on future defaults

@@ -15,7 +15,7 @@ from torch import Tensor
 import train_mlp
 from common.command_line import exit_status
 from common.files import ROOT  # noqa: F401 (imported from here by tests)
-from data import synthetic
+from dataset import synthetic
 from training import loop
 from training.checkpoint import read_checkpoint
 

@@ -17,7 +17,7 @@ from PIL import Image
 
 import utils
 from common.errors import UserError
-from data import download
+from dataset import download
 from utils import Split, load_cifar100, load_test_set
 
 # The superclass of each fine class, copied from the official files; utils.py derives it from names.

@@ -18,7 +18,7 @@ from torch.utils.flop_counter import FlopCounterMode
 import models
 import train_cnn
 from common.command_line import exit_status
-from data import synthetic
+from dataset import synthetic
 from models import WeightsError, create_model, default_arguments, list_models, load_model, save_model
 from models.groupnet import Group
 from models.layers import Conv3x3, Resize, Whitening, set_side

@@ -31,7 +31,7 @@ import utils
 from common.command_line import Parser, exit_status, integers
 from common.errors import UserError
 from common.files import ROOT, write_json, write_text
-from data import synthetic
+from dataset import synthetic
 from tools import explore, sanity_checks, tune
 from training import flags, hardware, loop, overfit, run_folder
 from training.hardware import require_memory
@@ -210,7 +210,7 @@ def small_world(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
 
 
 def no_network(*arguments: Any) -> None:
-    raise UserError("there is no network here")
+    raise UserError("the network is down")
 
 
 @pytest.fixture

@@ -25,7 +25,7 @@ from torch import Tensor
 
 import utils
 from common.command_line import exit_status
-from data import formats, synthetic
+from dataset import formats, synthetic
 from tests.helpers import ROOT, drawn_once, error_line, run_names, run_script  # noqa: F401 (a fixture)
 from tests.imitation import (
     LOADERS,
@@ -103,7 +103,7 @@ def test_neither_images_nor_splits_depend_on_the_order_of_the_file(official_data
 
 
 def test_the_official_order_has_a_place_for_every_image():
-    places = np.load(ROOT / "data" / "official-order.npy")
+    places = np.load(ROOT / "dataset" / "official-order.npy")
     for order in np.split(places, [50_000]):
         assert np.array_equal(np.sort(order), np.arange(len(order)))
 
@@ -506,7 +506,8 @@ def test_missing_files_of_the_python_version_are_named(python_data_dir, tmp_path
 def test_a_mistyped_data_folder_is_not_created(official_data_dir, tmp_path, capsys):
     (tmp_path / "datasets").mkdir()
     text = refusal(load_cifar100, tmp_path / "dataset")
-    assert text.startswith(f"there is no folder {tmp_path / 'dataset'} (is it {tmp_path / 'datasets'}?): create it")
+    question = f"is it {tmp_path / 'datasets'}?"
+    assert text.startswith(f"the folder {tmp_path / 'dataset'} does not exist ({question}): create it")
     assert "is it" not in refusal(load_cifar100, tmp_path / "missing" / "x")
     assert run_script(tmp_path / "results", "--data-dir", str(tmp_path / "x"), "--quiet") == 2
     assert str(tmp_path / "x") in error_line(capsys)
@@ -728,6 +729,15 @@ def test_a_share_of_a_batch_is_corrupted():
     assert torch.equal(coarse[..., ::2, ::2], coarse[..., 1::2, 1::2])
     torch.testing.assert_close(coarse.mean((2, 3)), images[3:6].mean((2, 3)))
     assert (blurred.diff(dim=3).abs().mean((1, 2, 3)) < images[6:9].diff(dim=3).abs().mean((1, 2, 3))).all()
+
+
+@pytest.mark.parametrize("share", [0.01, 0.5, 1.0])
+@pytest.mark.parametrize("count", [2, 3, 50, 52])
+def test_any_share_of_any_batch_can_be_corrupted(count: int, share: float):
+    images = torch.rand(count, 3, 32, 32)
+    out = corrupt(images, share, torch.Generator().manual_seed(0))
+    changed = (out != images).flatten(1).any(1).sum().item()
+    assert out.shape == images.shape and changed == 3 * min(round(share * count / 3), count // 3)
 
 
 def test_augmentation_depends_only_on_the_generators_seed():

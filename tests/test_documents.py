@@ -19,7 +19,7 @@ import pytest
 from PIL import Image
 
 from common.command_line import exit_status
-from data import synthetic
+from dataset import synthetic
 from evaluation.finished_runs import FinishedRun
 from evaluation.images import answer, answer_text, find_weights
 from models import load_model
@@ -113,10 +113,9 @@ def test_a_network_learns_own_images_as_the_document_says(tmp_path: Path) -> Non
 
 def test_a_network_is_added_as_the_document_says(tmp_path: Path) -> None:
     """One file and one line, and every command works; the first training is interrupted, and resumed by a command."""
-    for place in ("common", "docs", "evaluation", "models", "tests", "tools", "training"):
+    for place in ("common", "dataset", "docs", "evaluation", "models", "tests", "tools", "training"):
         shutil.copytree(ROOT / place, tmp_path / place, ignore=shutil.ignore_patterns("__pycache__"))
-    (tmp_path / "data").mkdir()  # the dataset may be in it, in any form
-    for pattern in ("*.py", "pyproject.toml", "data/*.py", "data/official-order.npy"):
+    for pattern in ("*.py", "pyproject.toml"):
         for file in ROOT.glob(pattern):
             shutil.copy(file, tmp_path / file.relative_to(ROOT))
     network, line = code_blocks("own-network.md", "python")

@@ -19,8 +19,8 @@ import pytest
 import utils
 from common.command_line import exit_status
 from common.files import lock
-from data import download
-from data.download import Source
+from dataset import download
+from dataset.download import Source
 from tests.helpers import ROOT, error_line
 from tests.imitation import assert_same, png, read_records, refusal, write_records
 from utils import load_cifar100
@@ -387,7 +387,7 @@ def test_a_truncated_download_goes_on_where_it_was(archive, data_dir, official_d
 KILLED = """
 import sys
 from pathlib import Path
-from data import download
+from dataset import download
 download.SOURCES = (download.Source("A", (sys.argv[2],)),)
 download.download(Path(sys.argv[1]), (), None)
 """

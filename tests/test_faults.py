@@ -542,7 +542,7 @@ def test_a_missing_compiler_is_noticed_despite_a_cache(tmp_path: Path) -> None:
     done = [subprocess.run([sys.executable, "train_mlp.py", *flags], cwd=ROOT, capture_output=True, text=True,
                            env={**os.environ, **cache, **compiler}, timeout=300) for compiler in ({}, {"CXX": "/none"})]
     if done[0].returncode:
-        pytest.skip("there is no compiler")
+        pytest.skip("needs a compiler")
     assert done[1].returncode == 2
     assert [line for line in done[1].stderr.splitlines() if line.startswith("error: --compile does not work")]
     assert run_names(tmp_path / "results") == ["mlp-s0"]
@@ -604,7 +604,7 @@ def test_a_lost_terminal_loses_no_training(hangs_up: bool, tmp_path: Path) -> No
 
 def test_our_packages_win_over_others(tmp_path: Path) -> None:
     """Packages of the same names are earlier on the path, in the current folder, and installed."""
-    for name in ("data", "models", "common", "training", "utils", "evaluation", "tools"):
+    for name in ("data", "dataset", "models", "common", "training", "utils", "evaluation", "tools"):
         (tmp_path / name).mkdir()
         (tmp_path / name / "__init__.py").write_text("raise SystemExit('the wrong package')")
     script = str(ROOT / "train_mlp.py")

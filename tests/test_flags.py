@@ -202,7 +202,7 @@ def test_misuse_is_one_error_line_and_creates_nothing(
     ("--loss mse-index", "--loss has no effect without --overfit-batch"),
     ("--overfit-batch --crop 2", "--crop has no effect with --overfit-batch"),
     ("--nonsense", "unrecognized arguments: --nonsense (see --help)"),
-    ("--resume missing", "there is no run"),
+    ("--resume missing", "cannot resume"),
     ("--name ../x", "'../x' is not a run name"),
 ])
 def test_a_refusal_names_the_mistake(

@@ -37,7 +37,8 @@ print(json.dumps({
     "temperature": model.temperature, "same class": type(model) is type(again),
     "pickled": torch.equal(pickle.loads(pickle.dumps(model))(images), logits),
     "theirs": sys.modules["models"] is mine, "ours": sorted(ours),
-    "brought": sorted(brought & {"common", "data", "evaluation", "training", "PIL", "matplotlib", "filelock", "tqdm"}),
+    "brought": sorted(brought & {"common", "dataset", "evaluation", "training", "PIL", "matplotlib", "filelock",
+                                 "tqdm"}),
 }))
 """
 
@@ -49,7 +50,7 @@ def hub_archive(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder.mkdir()
     shutil.copy(ROOT / "hubconf.py", folder)
     shutil.copytree(ROOT / "models", folder / "models", ignore=shutil.ignore_patterns("__pycache__"))
-    for name in ("common", "data", "utils.py"):  # whoever imports these here fails
+    for name in ("common", "dataset", "utils.py"):  # whoever imports these here fails
         (folder / name).write_text("raise ImportError\n")
     (folder / "results").mkdir()
     shutil.copy(ROOT / "results" / "results.json", folder / "results")

@@ -16,9 +16,9 @@ SHARED = {"models", "common", "utils"}
 EVERYTHING = {*SHARED, "training", "evaluation", *SCRIPTS}
 MAY_IMPORT = {  # by room, and for the modules at the top level by module; nothing may import tools and benchmarks
     "models": {"models"},
-    "data": {"common", "data"},
+    "dataset": {"common", "dataset"},
     "common": {"models", "common"},
-    "utils": {"common", "data"},
+    "utils": {"common", "dataset"},
     "training": {*SHARED, "training"},
     "evaluation": {*SHARED, "evaluation"},
     "train_mlp": {*SHARED, "training"},
@@ -30,7 +30,7 @@ MAY_IMPORT = {  # by room, and for the modules at the top level by module; nothi
     "benchmarks": EVERYTHING,
     "docs": set(),
 }
-PACKAGES = {"models", "common", "data", "training", "evaluation", "tools", "benchmarks"}
+PACKAGES = {"models", "common", "dataset", "training", "evaluation", "tools", "benchmarks"}
 POSIX = {"fcntl", "resource", "termios", "pwd", "grp"}
 
 
@@ -165,8 +165,15 @@ def test_only_two_modules_open_the_test_set() -> None:
     assert users == {"evaluation/finished_runs.py", "tools/explore.py"}
     other_ways = {"_load_official", "make_synthetic"}
     assert {name(path) for path in SOURCES if other_ways & names_used(path)} == {"utils.py"}
-    reads_files = {name(path) for path in SOURCES if "data.formats" in imports(path)}
-    assert reads_files == {"utils.py", "data/download.py"}
+    reads_files = {name(path) for path in SOURCES if "dataset.formats" in imports(path)}
+    assert reads_files == {"utils.py", "dataset/download.py"}
+
+
+def test_no_code_lies_among_the_data() -> None:
+    """data/ is for the user's files; git ignores all but its readme."""
+    assert [name(path) for path in files("data/*.py", "data/*.npy")] == []
+    assert [line for line in (ROOT / ".gitignore").read_text().splitlines() if "data/" in line and "results" not in line
+            ] == ["data/*", "!data/README.md"]
 
 
 def test_what_trains_cannot_reach_the_test_set() -> None:

@@ -710,7 +710,7 @@ def test_a_failed_export_changes_no_file(
     assert run(results_dir, "--export", tmp_path / "x.onnx") == 2
     assert "exists" in error_line(capsys)
     assert run(results_dir, "--export", tmp_path / "nowhere/x.onnx") == 2
-    assert "no folder" in error_line(capsys)
+    assert "does not exist" in error_line(capsys)
     monkeypatch.setitem(sys.modules, "onnxscript", None)
     assert run(results_dir, "--export", tmp_path / "y.onnx") == 2
     assert "requirements-extra.txt" in error_line(capsys)

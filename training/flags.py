@@ -82,7 +82,7 @@ def _absolute_paths(settings: Settings, results_dir: Path) -> dict[str, Any]:
                  if path.suffix == ".safetensors" and path.name not in CHECKPOINTS and os.path.isfile(path))
         file = next(files, None) or find_run(name, results_dir) / WEIGHTS
         if not os.path.isfile(file):
-            raise UserError(f"--init-from {settings.init_from}: there is no file {file}; is that run finished?")
+            raise UserError(f"--init-from {settings.init_from}: {file} is missing; is that run finished?")
         paths["init_from"] = str(file)
     return paths
 

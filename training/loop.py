@@ -1,7 +1,7 @@
 """The training loop. Read `train` from top to bottom; the functions that it calls follow.
 
 It sees training and validation images only. Everything random is derived from (seed, epoch, step), so a checkpoint
-consists of the weights, the optimizers and how far the run has come: there is no generator to save.
+consists of the weights, the optimizers and how far the run has come: no generator needs to be saved.
 """
 
 import itertools

@@ -130,12 +130,12 @@ class RunFolder(Run):
     def resume(cls, results_dir: Path, name: str, given: dict[str, Any], script: Script, processes: int) -> "RunFolder":
         """The run `name` (see `find_run`) with its settings; flags in `given` must not contradict them.
 
-        Raises UserError if they do, if it was started with another number of processes, if there is no such run, if it
-        is published, if another process has it, or if its config is damaged.
+        Raises UserError if they do, if it was started with another number of processes, if that run does not exist, if
+        it is published, if another process has it, or if its config is damaged.
         """
         folder = find_run(name, results_dir)
         if not os.path.isdir(folder):
-            raise UserError(f"there is no run {folder} to resume")
+            raise UserError(f"cannot resume {folder}: it is not the folder of a run")
         if is_published(folder, results_dir):
             raise UserError(f"{folder} is published, and published runs do not change: start a new run")
         name = folder.name

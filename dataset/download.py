@@ -23,8 +23,8 @@ from tqdm import tqdm
 from common.errors import UserError, warn
 from common.files import flush_to_disk, lock
 from common.text import printable
-from data.classes import NUM_IMAGES
-from data.formats import ARCHIVES, BINARY_FOLDER, Found, read_part, write_binary
+from dataset.classes import NUM_IMAGES
+from dataset.formats import ARCHIVES, BINARY_FOLDER, Found, read_part, write_binary
 
 NETWORK_TIMEOUT = 30.0  # seconds without a byte after which a download has failed
 MIN_RATE, STALL_SECONDS = 200_000, 15.0  # below this many bytes/s for this long, the next source is tried

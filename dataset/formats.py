@@ -22,7 +22,7 @@ from torch import Tensor
 from tqdm import tqdm
 
 from common.errors import UserError
-from data.classes import COARSE_NAMES, COARSE_OF_FINE, FINE_NAMES, NUM_IMAGES
+from dataset.classes import COARSE_NAMES, COARSE_OF_FINE, FINE_NAMES, NUM_IMAGES
 
 RECORD_BYTES = 2 + 3 * 32 * 32  # coarse label, fine label, then the red, green and blue planes
 BINARY_FOLDER, PYTHON_FOLDER = "cifar-100-binary", "cifar-100-python"
