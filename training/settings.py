@@ -54,8 +54,8 @@ class Settings:
                               high=MAX_RATE, needs={"optimizer": ("muon", "muon-sgd", "normuon-sgd")})
     momentum: float = setting(0.9, "momentum of SGD (plain) and of Muon (Nesterov)", low=0, high=0.999,
                               needs={"optimizer": ("sgd", "muon", "muon-sgd", "normuon-sgd")})
-    weight_decay: float = setting(0.0, "weight decay of weight matrices and filters; the last two fix the norms "
-                                  "of its filters instead", low=0, high=1_000_000)
+    weight_decay: float = setting(0.0, "weight decay of weight matrices and filters; with SGD next to it, Muon "
+                                  "fixes the norms of its filters instead", low=0, high=1_000_000)
     warmup: float = setting(0.0, "fraction of all steps over which the learning rate rises from zero", low=0,
                             high=1)
     schedule: str = setting("linear", "how the learning rate falls to zero after the warmup",
