@@ -33,7 +33,7 @@ from common.devices import float32_device
 from common.errors import UserError, warn
 from common.files import RESULTS_DIR, ROOT, write_json
 from common.plotting import save_figure
-from common.run_files import find_run
+from common.run_files import PUBLISHED, find_run
 from common.text import printable
 from evaluation import figures
 from evaluation.blocks import Published, calibrations, renew_blocks
@@ -49,7 +49,7 @@ from evaluation.metrics import (
     softmax,
 )
 from evaluation.publish import label_weights, publish, publish_calibration, publish_overfit
-from evaluation.tables import by_recipe, comparison, ensemble_table, minutes, run_table
+from evaluation.tables import by_recipe, comparison, ensemble_table, run_table
 from utils import default_data_dir
 
 NEAR_DUPLICATES = Path("data") / "near_duplicates.csv"  # below results/; written by python -m tools.explore
@@ -211,7 +211,11 @@ def draw(shown: Published, run: FinishedRun) -> dict[str, Any]:
     images, probabilities = test.images.numpy(), softmax(run.logits(test))
     predicted = probabilities.argmax(1)
     confusion = confusion_matrix(predicted, labels, classes)
-    mistakes = confident_mistakes(probabilities, labels, figures.GALLERY_SIZE)
+    coarse = coarse_of_fine(labels, test.coarse_labels, classes)
+    fit_classes = figures.fit_to_show(coarse, test.coarse_names)
+    fit = fit_classes[labels]
+    mistakes = confident_mistakes(probabilities, labels, len(labels))
+    confused = confused_pairs(confusion * fit_classes[:, None] * fit_classes, PAIRS, once=True)
     name = f"{run.name} on SYNTHETIC IMAGES, not CIFAR-100" if run.synthetic else run.name
 
     calibrated, found = run, {1.0: calibration(probabilities, labels)}
@@ -223,15 +227,14 @@ def draw(shown: Published, run: FinishedRun) -> dict[str, Any]:
                 for temperature, one in found.items()}
     drawn = {
         "confusion": figures.confusion_figure(
-            confusion, coarse_of_fine(labels, test.coarse_labels, classes), test.coarse_names,
-            f"{name}: confusion matrix on the test set"),
+            confusion, coarse, test.coarse_names, f"{name}: confusion matrix on the test set"),
         "classes": figures.class_accuracy_figure(
             class_accuracy(predicted, labels, classes), names, f"{name}: test accuracy by class"),
         "confused": figures.confused_pairs_figure(
-            images, probabilities, labels, confused_pairs(confusion, PAIRS), names,
+            images, probabilities, labels, fit, confused, names,
             f"{name}: most frequent confusions"),
         "mistakes": figures.mistakes_figure(
-            images, probabilities, labels, mistakes, names, f"{name}: most confident mistakes"),
+            images, probabilities, labels, mistakes[fit[mistakes]], names, f"{name}: most confident mistakes"),
         "reliability": figures.reliability_figure(variants, f"{calibrated_name}: reliability diagram"),
     }
     return drawn if shown.alone else drawn | draw_recipes(shown)
@@ -241,16 +244,14 @@ def draw_recipes(published: Published) -> dict[str, Any]:
     """The figures of all published runs, by file name."""
     curves = {recipe: [seed.curves() for seed in seeds] for recipe, seeds in by_recipe(published.runs).items()}
     accuracy = {row["recipe"]: row["top1"]["mean"] for row in published.rows}
-    parameters = {row["recipe"]: (row["parameters"] / 1e6, row["top1"]["mean"]) for row in published.rows}
-    training = {row["recipe"]: (minutes(row), row["top1"]["mean"]) for row in published.rows}
-    return {
+    path = published.results_dir / PUBLISHED / "benchmarks" / "time_to_accuracy.md"
+    costs = path.read_text(encoding="utf-8") if path.exists() else ""
+    timed = {"accuracy-time": figures.accuracy_time_figure(published.rows, costs)} \
+        if figures.measured_costs(costs) else {}
+    return timed | {
+        "accuracy-flops": figures.accuracy_flops_figure(published.rows, costs),
         "curves": figures.learning_curves_figure(
             curves, accuracy, "Published runs, trained on all 50,000 training images"),
-        "accuracy-parameters": figures.accuracy_against(
-            {"ours": parameters}, "parameters (millions)", "Test accuracy against network size"),
-        "accuracy-minutes": figures.accuracy_against(
-            {"ours": training}, "minutes of training (hardware: see the results table)",
-            "Test accuracy against training time"),
     }
 
 

@@ -24,18 +24,20 @@ import torch
 from torch import nn
 from torchvision.models import MobileNetV2
 
+import train_cnn
+import train_mlp
 from common.command_line import Parser, absolute_path, exit_status
 from common.errors import UserError
 from common.files import RESULTS_DIR, read_json
 from common.plotting import save_figure
 from common.text import flops_text, machine_text
-from evaluation.figures import accuracy_against
+from evaluation.figures import OURS, accuracy_time_figure
 from models.layers import set_side
 from models.resnet import BasicBlock, ResNet
-from train_cnn import RECIPES, CNNSettings, build_model
+from train_cnn import CNNSettings
 from training.distributed import ALONE
 from training.hardware import choose_precision, machine_facts, prepare_device, synchronize
-from training.loop import fit_and_place, forward_flops, loss_of, training_step
+from training.loop import fit_and_place, forward_flops, loss_of, make_mixup, training_step
 from training.optimizers import make_optimizers, set_rates
 from utils import Split, batches, default_data_dir, load_cifar100
 
@@ -54,16 +56,20 @@ class Contestant:
     """
 
     name: str
-    settings: CNNSettings
+    settings: Any
     model: nn.Module
     accuracy: float | None
     seconds: dict[int, list[float]] = field(default_factory=dict)
     flops: dict[int, int] = field(default_factory=dict)
 
+    @property
+    def sides(self) -> tuple[int, ...]:
+        """The sides, in pixels, of the images in equal parts of the training."""
+        return getattr(self.settings, "sides", None) or (self.settings.side,)
+
     def total(self, per_image: Callable[[int], float]) -> float:
         """The cost of a whole training, in which an image of `side` pixels a side costs `per_image(side)`."""
-        sides = self.settings.sides
-        return IMAGES * self.settings.epochs / len(sides) * sum(map(per_image, sides))
+        return IMAGES * self.settings.epochs / len(self.sides) * sum(map(per_image, self.sides))
 
     @property
     def total_flops(self) -> float:
@@ -104,23 +110,29 @@ def mobilenet_v2() -> nn.Module:
     return model
 
 
-def contestants() -> list[Contestant]:
-    """Our recipes, and three well-known ones as their authors describe them."""
+def published_rows() -> list[dict[str, Any]]:
+    """The rows of results.json. Raises UserError if they lack recipe and accuracy."""
     path = RESULTS_DIR / "results.json"
     try:
-        known = {row["recipe"]: float(row["top1"]["mean"]) for row in read_json(path)}
+        return [row for row in read_json(path) if row["recipe"] and float(row["top1"]["mean"])]
     except (TypeError, ValueError, LookupError) as error:
         raise UserError(f"{path} is damaged: run python evaluate.py to write it again") from error
-    ours = {name: CNNSettings(**{"recipe": name, **recipe}) for name, recipe in RECIPES.items()}
+
+
+def contestants() -> list[Contestant]:
+    """Our recipes, and three well-known ones as their authors describe them."""
+    known = {row["recipe"]: float(row["top1"]["mean"]) for row in published_rows()}
+    ours = [(script, script.recipe_settings(name)) for script in (train_cnn.SCRIPT, train_mlp.SCRIPT)
+            for name in script.recipes]
     speedrun = CNNSettings(epochs=7, sides=(18, 32), batch_size=1024, optimizer="muon-sgd", lr=0.055, other_lr=0.02,
                            label_smoothing=0.15, crop=3)
     usual = CNNSettings(model="resnet18", epochs=200, batch_size=128, optimizer="sgd", lr=0.1, weight_decay=5e-4,
                         crop=4)
     return [
-        *(Contestant(f"--recipe {name}", settings, build_model(settings), known.get(name))
-          for name, settings in ours.items()),
+        *(Contestant(f"{OURS}{settings.recipe}", settings, script.build_model(settings, 100),
+                     known.get(settings.recipe)) for script, settings in ours),
         Contestant(REFERENCE, speedrun, speedrun_model(), 70.7),
-        Contestant("weiaicunzai/pytorch-cifar100, ResNet-18", usual, build_model(usual), 75.6),
+        Contestant("weiaicunzai/pytorch-cifar100, ResNet-18", usual, train_cnn.build_model(usual), 75.6),
         Contestant("weiaicunzai/pytorch-cifar100, MobileNetV2", usual, mobilenet_v2(), 68.1),
     ]
 
@@ -134,8 +146,10 @@ def training_steps(contestant: Contestant, split: Split) -> Iterator[int]:
     optimizers = make_optimizers(contestant.model, settings)
     set_rates(optimizers, settings, settings.warmup)
     contestant.model.train()
+    mix = make_mixup(settings.mixup, num_classes=100)
     for epoch in itertools.count():
         for images, labels in batches(split, settings.batch_size, settings.augmentation, seed=0, epoch=epoch):
+            images, labels = mix(images, labels)
             training_step(contestant.model, optimizers, images, labels, loss_of(settings), settings.precision)
             yield len(labels)
 
@@ -166,7 +180,7 @@ def measure(everyone: list[Contestant], split: Split, precision: str, device: st
         steps[contestant.name] = training_steps(contestant, split)
     for round_number in range(ROUNDS):
         for contestant in everyone:
-            for side in dict.fromkeys(contestant.settings.sides):
+            for side in dict.fromkeys(contestant.sides):
                 set_side(contestant.model, side)
                 contestant.flops[side] = forward_flops(contestant.model)
                 seconds = time_turn(contestant, steps[contestant.name], side)
@@ -191,18 +205,6 @@ def table(everyone: list[Contestant]) -> str:
     return "\n".join(lines)
 
 
-def draw(everyone: list[Contestant], machine: str) -> Any:
-    """Accuracy against training time, ours and the others', as a matplotlib Figure."""
-    series: dict[str, dict[str, tuple[float, float]]] = {"ours, measured": {}, "published": {}}
-    for contestant in everyone:
-        if contestant.accuracy is not None:
-            label = "ours, measured" if contestant.name.startswith("--recipe") else "published"
-            name = contestant.name.replace("/pytorch-cifar100, ", "\n")
-            series[label][name] = contestant.total_seconds / 60, contestant.accuracy
-    return accuracy_against(series, f"minutes of training on {machine}",
-                            "CIFAR-100: accuracy against training time on one machine")
-
-
 def main(argv: list[str] | None = None) -> int:
     parser = Parser(prog="python -m benchmarks.time_to_accuracy", description=__doc__)
     parser.add_argument("--precision", choices=("auto", "float32", "bfloat16"), default="auto",
@@ -221,9 +223,10 @@ def main(argv: list[str] | None = None) -> int:
     measure(everyone, split, options.precision, options.device)
     settings = everyone[0].settings
     machine = machine_text(machine_facts(settings.device), settings.precision)
-    print(f"{machine}\n\n{table(everyone)}")
+    text = f"{machine}\n\n{table(everyone)}"
+    print(text)
     if options.figure:
-        save_figure(draw(everyone, machine), options.figure)
+        save_figure(accuracy_time_figure(published_rows(), text), options.figure)
     return 0
 
 

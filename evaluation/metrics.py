@@ -73,9 +73,14 @@ def class_accuracy(predicted: np.ndarray, labels: np.ndarray, classes: int) -> n
     return 100 * np.divide(correct, images, out=np.full(classes, np.nan), where=images > 0)
 
 
-def confused_pairs(confusion: np.ndarray, count: int) -> list[tuple[int, int, int]]:
-    """The `count` most frequent confusions, or all if there are fewer, as (label, prediction, times)."""
+def confused_pairs(confusion: np.ndarray, count: int, *, once: bool = False) -> list[tuple[int, int, int]]:
+    """The `count` most frequent confusions, or all if there are fewer, as (label, prediction, times).
+
+    once: give two classes that are confused both ways once, in the more frequent direction.
+    """
     errors = confusion * (1 - np.eye(len(confusion), dtype=np.int64))
+    if once:
+        errors = np.where((errors > errors.T) | ((errors == errors.T) & np.tri(len(errors), dtype=bool)), errors, 0)
     order = np.argsort(-errors, axis=None, kind="stable")[:count]
     pairs = zip(*np.unravel_index(order, errors.shape), strict=True)
     return [(int(label), int(predicted), int(errors[label, predicted]))

@@ -32,7 +32,7 @@ from common.command_line import Parser, exit_status, integers
 from common.errors import UserError
 from common.files import ROOT, write_json, write_text
 from dataset import synthetic
-from tools import explore, sanity_checks, tune
+from tools import explore, redraw, sanity_checks, tune
 from training import flags, hardware, loop, overfit, run_folder
 from training.hardware import require_memory
 from training.settings import Script, Settings
@@ -194,7 +194,7 @@ def small_world(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
         patch.setattr(hardware, "seconds_per_call", lambda function, budget, enough=1.0: (function(), 1.0)[1])
         patch.setattr(sanity_checks, "TRAIN_IMAGES", 100)
         patch.setattr(run_folder, "learning_curves", lambda *arguments, **options: None)
-        for module in (run_folder, overfit, explore, sanity_checks, tune):
+        for module in (run_folder, overfit, explore, redraw, sanity_checks, tune):
             patch.setattr(module, "save_figure", save_no_figure)
             for figure in [name for name in vars(module) if name.endswith("_figure")]:
                 if figure not in ("save_figure", "new_figure"):

@@ -25,7 +25,7 @@ from common import devices
 from common.command_line import exit_status
 from common.plotting import save_figure
 from common.text import overfit_table
-from evaluation import blocks, finished_runs, publish
+from evaluation import blocks, figures, finished_runs, publish
 from evaluation.finished_runs import FinishedRun, TestSet, find_runs, named_run
 from evaluation.metrics import fit_temperature, measure, softmax
 from evaluation.tables import CITED, full_table, headline, short_table
@@ -797,9 +797,9 @@ def test_figures_show_published_runs(documented: Site, capsys: pytest.CaptureFix
     assert documented.main("--figures", "mlp-s1") == 0
     folder = documented.root / "docs" / "figures"
     assert run_names(folder) == sorted(f"{name}.png" for name in (
-        "confusion", "classes", "confused", "mistakes", "reliability", "curves", "accuracy-parameters",
-        "accuracy-minutes"))
+        "confusion", "classes", "confused", "mistakes", "reliability", "curves", "accuracy-flops"))
     assert all(1000 < path.stat().st_size < 300_000 for path in folder.iterdir())
+    assert {path.stem for path in folder.iterdir()} == figures.CAPTIONS.keys() - {"accuracy-time"}  # nothing was timed
 
 
 def test_an_own_run_has_figures_and_a_report_in_its_folder(

@@ -93,6 +93,11 @@ def test_confused_pairs_are_ordered_and_directed() -> None:
     assert confused_pairs(confusion, 100) == [(0, 1, 2), (1, 2, 1), (2, 0, 1)]  # only those that happened
 
 
+def test_two_classes_confused_both_ways_are_one_pair() -> None:
+    confusion = np.array([[9, 5, 2, 1], [3, 9, 0, 0], [2, 0, 9, 0], [4, 0, 0, 9]])
+    assert confused_pairs(confusion, 9, once=True) == [(0, 1, 5), (3, 0, 4), (2, 0, 2)]
+
+
 def test_confident_mistakes_are_sorted_by_confidence() -> None:
     probabilities = np.array([[0.99, 0.01], [0.2, 0.8], [0.9, 0.1], [0.45, 0.55]])
     assert confident_mistakes(probabilities, np.array([0, 0, 1, 0]), 5).tolist() == [2, 1, 3]

@@ -206,5 +206,5 @@ def test_the_figure_is_labeled(synthetic: bool) -> None:
     assert ("SYNTHETIC" in figure.get_suptitle()) == synthetic
     axes = figure.axes[0]
     assert axes.get_xlabel() and axes.get_ylabel()
-    texts = [text.get_text() for text in figure.legends[0].get_texts()]
+    texts = [text.get_text() for text in axes.texts]
     assert any("64 of 64" in text for text in texts) and any("3 of 64" in text for text in texts)

@@ -3,8 +3,8 @@
     python -m tools.explore                # a minute or two on two CPU cores
     python -m tools.explore --synthetic    # the procedurally drawn images, in results/data-synthetic/
 
-    superclasses.png      one training image per class, by superclass
-    means.png             the mean training image of each class
+    superclasses.png      one training image per class, by superclass, with the names of all classes
+    means.png             the mean training image of each class, in the same order
     extremes.png          the darkest and brightest images, lowest and highest contrast and saturation
     inputs.png            network inputs with the recipe `fast`, epoch by epoch
     inputs_mlp.png        the same with the recipe `mlp`
@@ -12,6 +12,8 @@
     baselines.csv         validation accuracy of rules that need no training
     near_duplicates.png   test images next to the training images that they nearly repeat
     near_duplicates.csv   all of these pairs, each image named by its hash (`utils.image_hashes`)
+
+Of the figures, only those that show every class have images of people: some are not fit for every screen.
 
 The test set is opened only to count its images and to find near-duplicates of training images. Nothing is chosen by
 the result: no training reads these files, and `evaluate.py` only adds the accuracy without near-duplicates.
@@ -33,8 +35,9 @@ import train_cnn
 import train_mlp
 from common.command_line import Parser, exit_status
 from common.files import write_csv
-from common.plotting import new_figure, save_figure
+from common.plotting import ORANGE, WIDTH, new_figure, save_figure
 from common.text import spaced
+from evaluation.figures import fit_to_show
 from evaluation.metrics import coarse_of_fine
 from models.layers import set_side
 from training.loop import fit_and_place, make_mixup
@@ -43,7 +46,8 @@ from utils import Split, batches, default_data_dir, derived_seed, image_hashes, 
 
 EXTREMES = 8  # images at each end
 VIEWED, MAX_EPOCHS = 5, 9  # images and epochs in the figures of network inputs
-PAIRS_PER_ROW, PAIR_ROWS = 6, 5
+PAIRS_PER_ROW, PAIR_ROWS = 4, 4
+NAME_SIZE = 7.5  # points of the names of classes below their images
 
 # We compared pairs by hand, once, with Barz and Denzler's list (github.com/cvjena/cifair). Nearly all pairs above 0.8
 # are one photograph, edited, or one object on white; in three of four the training image is on their list. Below come
@@ -283,86 +287,109 @@ def means_figure(split: Split, *, synthetic: bool = False) -> Any:
 
 
 def _by_superclass(split: Split, images: Tensor, title: str, synthetic: bool) -> Any:
-    """One image per class, [C, 3, 32, 32], with the superclasses in two columns of axes."""
+    """One image per class, [C, 3, 32, 32], each with its name, below the names of the superclasses in two columns."""
     coarse, names = superclass_of_class(split), split.coarse_names
-    figure = new_figure(8.6, 5.7, title, synthetic=synthetic)
-    half = len(names) // 2
-    for axes, group in zip(figure.subplots(1, 2), (range(half), range(half, len(names))), strict=True):
-        _draw_grid(axes, [list(images[np.flatnonzero(coarse == superclass)]) for superclass in group],
-                   [_two_lines(spaced(names[superclass])) for superclass in group])
+    rows = -(-len(names) // 2)
+    figure = new_figure(WIDTH, 0.4 + 1.02 * rows, title, synthetic=synthetic)
+    for axes, group in zip(figure.subplots(1, 2), (range(rows), range(rows, len(names))), strict=True):
+        members = [np.flatnonzero(coarse == superclass).tolist() for superclass in group]
+        _draw_grid(axes, [list(images[fine]) for fine in members], height=1.55,
+                   below=[[spaced(split.fine_names[at]) for at in fine] for fine in members])
+        for row, superclass in enumerate(group):
+            axes.annotate(spaced(names[superclass]), (0, 1.55 * row), xytext=(0, 2), textcoords="offset points",
+                          fontsize=9, fontweight="bold", annotation_clip=False)
     return figure
 
 
 def extremes_figure(split: Split, *, synthetic: bool = False) -> Any:
     """The training images with the lowest and highest brightness, contrast and saturation, as a Figure."""
-    rows, names = [], []
+    fit = fit_to_show(split.coarse_labels.numpy(), split.coarse_names)
+    images, rows, names = split.images[torch.from_numpy(fit)], [], []
     for measure in (brightness, contrast, saturation):
-        values = measure(split.images)
+        values = measure(images)
         for which, word in zip(extremes(values), ("lowest", "highest"), strict=True):
-            rows.append(list(split.images[which]))
+            rows.append(list(images[which]))
             low, high = values[which].min(), values[which].max()
             names.append(f"{word} {measure.__name__}\n({low:.1f} to {high:.1f}%)")
-    figure = new_figure(9, 5.6, "Extremes among the training images", synthetic=synthetic)
+    figure = new_figure(WIDTH, 4.6, "Extremes among the training images", synthetic=synthetic)
     _draw_grid(figure.subplots(), rows, names)
     return figure
 
 
 def inputs_figure(script: Script, settings: Settings, split: Split, epochs: Sequence[int]) -> Any:
     """Some training images, and the network's inputs for them in these epochs, as a matplotlib Figure."""
-    inputs = network_inputs(script, settings, split, range(VIEWED), epochs)
+    fit = fit_to_show(split.coarse_labels.numpy(), split.coarse_names)
+    viewed = np.flatnonzero(fit)[:VIEWED].tolist()
+    inputs = network_inputs(script, settings, split, viewed, epochs)
     columns = ["as stored\n32 x 32", *(f"epoch {epoch + 1}\n{images.shape[2]} x {images.shape[3]}"
                                        for epoch, images in zip(epochs, inputs, strict=True))]
-    classes = [spaced(split.fine_names[label]) for label in split.fine_labels[:VIEWED]]
+    classes = [spaced(split.fine_names[label]) for label in split.fine_labels[viewed]]
     mixed = ", each image mixed with another" if settings.mixup else ""
-    figure = new_figure(9, 4.8, f"Network inputs with the recipe {settings.recipe}, seed {settings.seed}{mixed}",
+    figure = new_figure(WIDTH, 3.9, f"Network inputs with the recipe {settings.recipe}, seed {settings.seed}{mixed}",
                         synthetic=settings.synthetic)
-    _draw_grid(figure.subplots(), list(zip(split.images[:VIEWED], *inputs, strict=True)), classes, columns)
+    _draw_grid(figure.subplots(), list(zip(split.images[viewed], *inputs, strict=True)), classes, columns)
     return figure
 
 
 def near_duplicates_figure(matches: Matches, test: Split, train: Split, *, synthetic: bool = False) -> Any:
-    """Pairs of a test and a training image, as a matplotlib Figure.
+    """Pairs of a test and a training image with both labels, as a matplotlib Figure.
 
-    They range from the most to the least similar near-duplicates; the last row has the first pairs below SIMILAR.
+    Those with one label range from the most to the least similar; then come some with two, and the first pairs below
+    SIMILAR.
     """
     counted = matches.near_duplicates
-    shown = np.linspace(0, max(0, len(counted) - 1), min(len(counted), PAIRS_PER_ROW * PAIR_ROWS)).astype(int)
-    rows = [*counted[shown].split(PAIRS_PER_ROW), matches.ranking[len(counted):][:PAIRS_PER_ROW]]
-    rows = [row for row in rows if len(row)]
-    names = [f"similarity\n{matches.similarity[row[0]]:.2f} to {matches.similarity[row[-1]]:.2f}" for row in rows]
-    if len(counted) < len(test):
-        names[-1] = f"not counted:\nbelow {SIMILAR:.2f}"
+    fit = torch.from_numpy(fit_to_show(test.coarse_labels.numpy(), test.coarse_names))
+    agree = test.fine_labels == train.fine_labels[matches.train]
+    shown, differing = counted[fit[counted] & agree[counted]], counted[fit[counted] & ~agree[counted]]
+    below = matches.ranking[len(counted):]
+    spread = np.linspace(0, max(0, len(shown) - 1), min(len(shown), PAIRS_PER_ROW * PAIR_ROWS)).astype(int)
+    rows = [(f"{matches.similarity[row[0]]:.2f} to\n{matches.similarity[row[-1]]:.2f}", row)
+            for row in shown[spread].split(PAIRS_PER_ROW) if len(row)]
+    rows += [("two\nlabels", differing[:PAIRS_PER_ROW]),
+             (f"below\n{SIMILAR:.2f}: not\ncounted", below[fit[below]][:PAIRS_PER_ROW])]
+    rows = [(name, row) for name, row in rows if len(row)]
     title = f"{len(counted):,} of {len(test):,} test images nearly repeat a training image"
-    figure = new_figure(9, 4.8, title, synthetic=synthetic)
-    images = [[image for t in row.tolist() for image in (test.images[t], train.images[matches.train[t]])]
-              for row in rows]
-    _draw_grid(figure.subplots(), images, names, ["test", "training"] * PAIRS_PER_ROW)
+    figure = new_figure(WIDTH, 0.7 + 1.0 * len(rows), title, synthetic=synthetic)
+    images, labels = [], []
+    for _, row in rows:
+        pairs = list(zip(row.tolist(), matches.train[row].tolist(), strict=True))
+        images.append([image for t, n in pairs for image in (test.images[t], train.images[n])])
+        labels.append([spaced(name) for t, n in pairs for name in (test.fine_names[test.fine_labels[t]],
+                                                                  train.fine_names[train.fine_labels[n]])])
+    axes = figure.subplots()
+    _draw_grid(axes, images, [name for name, _ in rows], ["test", "training"] * PAIRS_PER_ROW, height=1.3,
+               below=labels, pairs=True)
+    axes.set_ylabel("similarity")
     return figure
 
 
-def _draw_grid(axes: Any, rows: Sequence[Sequence[Tensor]], row_names: Sequence[str],
-               column_names: Sequence[str] = ()) -> None:
-    """Draw rows of images, uint8 or float in [0, 1], [3, H, W], each in a cell of the same size."""
+def _draw_grid(axes: Any, rows: Sequence[Sequence[Tensor]], row_names: Sequence[str] = (),
+               column_names: Sequence[str] = (), *, height: float = 1, below: Sequence[Sequence[str]] = (),
+               pairs: bool = False) -> None:
+    """Draw rows of images, uint8 or float in [0, 1], [3, H, W], each in a cell of the same size, 1 wide.
+
+    below: a name for each image. pairs: each two images belong together; names that differ are orange.
+    """
+    width = 0.94
+
+    def left(column: int) -> float:
+        return column - 0.04 * (column % 2) + 0.04 if pairs else column
+
     for down, row in enumerate(rows):
         for right, image in enumerate(row):
             image = to_float(image) if image.dtype == torch.uint8 else image.clamp(0, 1)
-            levels = (63 * image).round() / 63  # too fine to see, and the file is a third smaller
-            axes.imshow(levels.permute(1, 2, 0).numpy(), interpolation="nearest",
-                        extent=(right, right + 0.94, down + 0.94, down))
-    axes.set(xlim=(0, max(map(len, rows))), ylim=(len(rows), 0), aspect="equal")
-    axes.set_xticks(np.arange(len(column_names)) + 0.47, column_names, fontsize=8)
-    axes.set_yticks(np.arange(len(rows)) + 0.47, row_names, fontsize=8)
+            axes.imshow(image.permute(1, 2, 0).numpy(), interpolation="nearest",
+                        extent=(left(right), left(right) + width, height * down + width, height * down))
+            if below:
+                differ = pairs and below[down][right] != below[down][right ^ 1]
+                axes.annotate(below[down][right].replace(" ", "\n"), (left(right) + width / 2, height * down + width),
+                              xytext=(0, -1), textcoords="offset points", ha="center", va="top", fontsize=NAME_SIZE,
+                              linespacing=0.9, color=ORANGE if differ else "black", annotation_clip=False)
+    axes.set(xlim=(0, max(map(len, rows))), ylim=(height * len(rows), 0), aspect="equal")
+    axes.set_xticks([left(column) + width / 2 for column in range(len(column_names))], column_names, fontsize=8.5)
+    axes.set_yticks(height * np.arange(len(row_names)) + width / 2, row_names, fontsize=8.5)
     axes.tick_params(length=0, labeltop=True, labelbottom=False)
     axes.spines[:].set_visible(False)
-
-
-def _two_lines(name: str) -> str:
-    """A long name, broken at the space nearest to its middle."""
-    spaces = [i for i, letter in enumerate(name) if letter == " "]
-    if len(name) < 16 or not spaces:
-        return name
-    middle = min(spaces, key=lambda i: abs(i - len(name) / 2))
-    return f"{name[:middle]}\n{name[middle + 1:]}"
 
 
 # ---- The command ----------------------------------------------------------------------------------------------------

@@ -33,7 +33,7 @@ import train_cnn
 import train_mlp
 from common.command_line import Parser, exit_status
 from common.errors import Interrupted, UserError
-from common.plotting import BLUE, ORANGE, new_figure, only_warning, save_figure
+from common.plotting import BLUE, ORANGE, WIDTH, new_figure, only_warning, save_figure
 from common.text import spaced
 from training.distributed import ALONE
 from training.hardware import choose_precision, prepare_device
@@ -332,8 +332,8 @@ def film_strip(subject: Subject) -> Any:
     names = [spaced(name) for name in subject.val_split.fine_names]
     labels = subject.val_split.fine_labels[:SHOWN].tolist()
     moments = [logits[:SHOWN].softmax(1).max(1) for logits in subject.trained.moments]
-    title = f"{subject.name}: the most probable class and its probability (blue, ✓: correct; orange: wrong)"
-    figure = new_figure(10.5, 0.75 * SHOWN + 1, title, synthetic=subject.settings.synthetic)
+    title = f"{subject.name}: predictions over time (blue, ✓: correct; orange: wrong)"
+    figure = new_figure(WIDTH, 0.6 * SHOWN + 1, title, synthetic=subject.settings.synthetic)
     axes = figure.subplots()
     for row, label in enumerate(labels):
         axes.imshow(subject.val_split.images[row].permute(1, 2, 0).numpy(), interpolation="nearest", aspect="auto",

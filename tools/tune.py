@@ -30,7 +30,7 @@ import train_mlp
 from common.command_line import Parser, exit_status
 from common.errors import Interrupted, UserError
 from common.files import lock
-from common.plotting import BLUE, ORANGE, new_figure, only_warning, save_figure
+from common.plotting import BLUE, ORANGE, WIDTH, new_figure, only_warning, save_figure
 from training.distributed import ALONE
 from training.hardware import choose_precision, prepare_device
 from training.loop import new_model, train
@@ -271,7 +271,7 @@ def summary(study: Any, search: Search, base: Settings, shares: dict[str, float]
 
 def history_figure(study: Any, title: str, *, synthetic: bool = False) -> Any:
     """The accuracy of each trial that did not diverge, and the best so far, as a matplotlib Figure."""
-    figure = new_figure(9, 3.6, f"Search history, {title}", synthetic=synthetic)
+    figure = new_figure(WIDTH, 3.6, f"Search history, {title}", synthetic=synthetic)
     axes = figure.subplots()
     done = finished(study)
     pruned = [trial for trial in usable(study) if outcome(trial) == "pruned"]
@@ -286,13 +286,13 @@ def history_figure(study: Any, title: str, *, synthetic: bool = False) -> Any:
     axes.set(xlabel="trial (0: the recipe itself)", ylabel="validation top-1 accuracy (%)")
     axes.xaxis.get_major_locator().set_params(integer=True)
     axes.grid(alpha=0.3)
-    figure.legend(loc="outside right center", frameon=False)
+    figure.legend(loc="outside lower center", ncols=3, frameon=False)
     return figure
 
 
 def importance_figure(shares: dict[str, float], title: str, *, synthetic: bool = False) -> Any:
     """The shares of `importances` as bars, as a matplotlib Figure."""
-    figure = new_figure(9, 3.6, f"Importance of settings, {title}", synthetic=synthetic)
+    figure = new_figure(WIDTH, 3.6, f"Importance of settings, {title}", synthetic=synthetic)
     axes = figure.subplots()
     names = list(shares)[::-1]
     bars = axes.barh(names, [100 * shares[name] for name in names], color=BLUE)

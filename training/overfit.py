@@ -4,6 +4,7 @@ Karpathy 2019 (karpathy.github.io/2019/04/25/recipe): "Overfit one batch."
 """
 
 import math
+import textwrap
 from dataclasses import asdict, dataclass, fields
 from typing import Any
 
@@ -14,7 +15,7 @@ from tqdm import tqdm
 from common.command_line import launched, say
 from common.errors import UserError
 from common.files import write_csv, write_json
-from common.plotting import new_figure, only_warning, save_figure
+from common.plotting import WIDTH, label_ends, new_figure, only_warning, save_figure
 from common.text import overfit_table
 from training.flags import Options
 from training.loop import new_model, prepare, training_step
@@ -24,6 +25,7 @@ from training.run_folder import provenance
 from training.settings import Script, Settings, machine_words
 from utils import Augmentation, Split, batches, load_cifar100
 
+CHANCE = math.log(100)  # the cross-entropy of guessing
 BAR = "{desc} |{bar}| {n_fmt}/{total_fmt} steps{postfix}, ETA {remaining}"  # for tqdm
 
 
@@ -119,18 +121,20 @@ def memorize(
 
 
 def overfit_figure(outcomes: dict[str, Outcome], settings: Settings) -> Any:
-    """The loss curves on a logarithmic scale, as a matplotlib Figure."""
+    """The loss curves on a logarithmic scale, each labeled at its end, as a matplotlib Figure."""
     title = (f"Overfitting one batch of {settings.batch_size}: {settings.optimizer}, "
              f"learning rate {settings.lr:g}")
-    figure = new_figure(9, 4.2, title, synthetic=settings.synthetic)
+    figure = new_figure(WIDTH, 4.4, title, synthetic=settings.synthetic)
     axes = figure.subplots()
+    ends = []
     for name, outcome in outcomes.items():
         finite = [value if math.isfinite(value) and value > 0 else math.nan for value in outcome.curve]
-        axes.plot(finite, color=LOSSES[name].color, lw=1.3,
-                  label=f"{outcome.title}: {outcome.memorized} of {outcome.batch_size}")
-    axes.axhline(math.log(100), color="0.5", lw=1, ls=":",
-                 label="ln 100 = 4.605: cross-entropy of random guessing")
-    axes.set(yscale="log", xlabel="step (the same batch every time)", ylabel="loss")
+        axes.plot(finite, color=LOSSES[name].color, lw=1.3)
+        memorized = f"{textwrap.fill(outcome.title, 22, break_on_hyphens=False)}:\n{outcome.memorized} of {outcome.batch_size} memorized"
+        ends.append((next(filter(math.isfinite, reversed(finite)), 1.0), memorized, LOSSES[name].color))
+    axes.axhline(CHANCE, color="0.4", lw=1, ls=":")
+    ends.append((CHANCE, f"cross-entropy of\nguessing: ln 100", "0.3"))
+    axes.set(yscale="log", xlabel="step (the same batch every time)", ylabel="loss", xlim=(0, settings.epochs))
     axes.grid(alpha=0.3)
-    figure.legend(title="loss: images memorized", loc="outside lower center", ncols=2, frameon=False)
+    label_ends(axes, ends)
     return figure

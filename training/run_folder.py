@@ -25,7 +25,7 @@ from common.command_line import next_command
 from common.devices import is_available
 from common.errors import UserError, warn
 from common.files import PARTIAL, ROOT, flush_to_disk, lock, read_json, replacing, write_csv, write_json
-from common.plotting import BLUE, ORANGE, new_figure, only_warning, save_figure
+from common.plotting import BLUE, ORANGE, WIDTH, new_figure, only_warning, save_figure
 from common.run_files import CHECKPOINTS, METRICS, RESERVED, WEIGHTS, find_run, is_published
 from common.text import flops_text, short_path
 from models import save_model
@@ -234,9 +234,10 @@ class RunFolder(Run):
 
     def _plot(self, rows: list[dict[str, Any]]) -> None:
         """Draw `loss.png`; if that fails, once."""
-        self._last_plot = math.inf
+        self._last_plot, settings = math.inf, self.settings
         with only_warning(self.folder / "loss.png"):
-            save_figure(learning_curves(rows, self.name, synthetic=self.settings.synthetic), self.folder / "loss.png")
+            save_figure(learning_curves(rows, self.name, augmented=settings.augments, synthetic=settings.synthetic),
+                        self.folder / "loss.png")
             self._last_plot = time.monotonic()
 
     def finish(self, model: nn.Module, rows: list[dict[str, Any]], result: dict[str, Any]) -> None:
@@ -361,13 +362,18 @@ def provenance() -> dict[str, Any]:
     }
 
 
-def learning_curves(rows: list[dict[str, Any]], name: str, *, synthetic: bool = False) -> Any:
-    """Loss and accuracy over the epochs, training and validation, as a matplotlib Figure."""
-    figure = new_figure(9, 3.6, f"{name} – CIFAR-100" if not synthetic else name, synthetic=synthetic)
+def learning_curves(
+    rows: list[dict[str, Any]], name: str, *, augmented: bool = False, synthetic: bool = False
+) -> Any:
+    """Loss and accuracy over the epochs, training and validation, as a matplotlib Figure.
+
+    Training values are means over an epoch, during which the weights change. augmented: its images were.
+    """
+    figure = new_figure(WIDTH, 3.6, f"{name} – CIFAR-100" if not synthetic else name, synthetic=synthetic)
     epochs = [row["epoch"] for row in rows]
     labels = {"loss": "cross-entropy (nats)", "acc": "top-1 accuracy (%)"}
     for axes, (metric, label) in zip(figure.subplots(1, 2), labels.items(), strict=True):
-        for part, meaning, color, style in (("train", "training, augmented, running mean", BLUE, "-"),
+        for part, meaning, color, style in (("train", f"training{', augmented' * augmented}", BLUE, "-"),
                                             ("val", "validation", ORANGE, "--")):
             values = [row[f"{part}_{metric}"] for row in rows]
             if values[-1] is not None:
@@ -375,5 +381,5 @@ def learning_curves(rows: list[dict[str, Any]], name: str, *, synthetic: bool = 
         axes.set(xlabel="epoch", ylabel=label)
         axes.xaxis.get_major_locator().set_params(integer=True)
         axes.grid(alpha=0.3)
-        axes.legend(frameon=False)
+        axes.legend(frameon=False, loc="lower left", bbox_to_anchor=(-0.03, 1), borderaxespad=0)  # above the lines
     return figure

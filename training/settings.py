@@ -19,6 +19,7 @@ from utils import NUM_IMAGES, Augmentation, default_data_dir
 MAX_RATE = 1e30  # a learning rate; times its largest factor it still fits in float32
 MIN_MIXUP = 1e-6  # below this alpha, no batch is mixed
 MAX_NUMBERS = 100  # in a setting that is a list
+AUGMENTING = ("flip", "crop", "jitter", "corrupt", "mixup")  # settings that change training images
 _BOUNDS = (("low", "at least", operator.lt), ("above", "above", operator.le), ("high", "at most", operator.gt))
 
 
@@ -114,6 +115,11 @@ class Settings:
     @property
     def augmentation(self) -> Augmentation:
         return Augmentation(**{f.name: getattr(self, f.name) for f in dataclasses.fields(Augmentation)})
+
+    @property
+    def augments(self) -> bool:
+        """Whether training images are changed before they enter the network."""
+        return any(getattr(self, name) for name in AUGMENTING)
 
     def side_in(self, epoch: int) -> int | None:
         """The side, in pixels, to which images are scaled in this epoch; None if the network fixes it."""
