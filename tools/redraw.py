@@ -7,50 +7,55 @@ Name a run or a check by its name below results/, or by its folder.
 """
 
 import csv
-import math
 import sys
 from pathlib import Path
-from typing import Any
 
-import train_cnn
-import train_mlp
 from common.command_line import Parser, exit_status
 from common.errors import UserError
 from common.files import read_json, require_file
 from common.plotting import save_figure
-from common.run_files import PUBLISHED, find_run, run_settings
-from evaluation.finished_runs import FinishedRun
+from common.run_files import METRICS, PUBLISHED, find_run, run_settings
 from training.overfit import Outcome, overfit_figure
 from training.run_folder import learning_curves
 from training.settings import AUGMENTING, Settings
 
 
+def read_rows(path: Path) -> list[dict[str, float | None]]:
+    """The rows of a CSV file of numbers; None for an empty cell. Raises UserError if it is damaged or has no rows."""
+    require_file(path)
+    try:
+        with open(path, newline="") as file:
+            rows = [{name: float(value) if value else None for name, value in row.items()}
+                    for row in csv.DictReader(file)]
+    except (OSError, TypeError, ValueError, csv.Error) as error:
+        raise UserError(f"{path} is damaged ({error}): restore it, or train again") from error
+    if not rows:
+        raise UserError(f"{path} has no rows: restore it, or train again")
+    return rows
+
+
 def redraw_run(folder: Path) -> Path:
     """Draw the loss.png of a run from its metrics.csv; returns its path."""
-    curves = FinishedRun(folder).curves()
-    rows = [{name: None if math.isnan(value) else value for name, value in zip(curves, values, strict=True)}
-            for values in zip(*curves.values(), strict=True)]
-    settings = run_settings(folder)  # as they were saved: those of an older version may lack some
+    rows, settings = read_rows(folder / "metrics.csv"), run_settings(folder)
+    if missing := set(METRICS) - rows[0].keys():
+        raise UserError(f"{folder / 'metrics.csv'} lacks {', '.join(sorted(missing))}: restore it, or train again")
     figure = learning_curves(rows, folder.name, augmented=any(settings.get(name) for name in AUGMENTING),
-                             synthetic=bool(settings.get("synthetic")))
+                             synthetic=bool(settings.get("synthetic")))  # older settings may lack some
     save_figure(figure, folder / "loss.png")
     return folder / "loss.png"
 
 
 def redraw_check(folder: Path) -> Path:
     """Draw the overfit.png of a single-batch check from its overfit.json and curves.csv; returns its path."""
-    saved = read_json(folder / "overfit.json")
-    require_file(folder / "curves.csv")
+    saved, rows = read_json(folder / "overfit.json"), read_rows(folder / "curves.csv")
     try:
         settings = Settings(**{name: saved["settings"][name]
                                for name in ("batch_size", "epochs", "lr", "optimizer", "synthetic")})
-        with open(folder / "curves.csv", newline="") as file:
-            rows = list(csv.DictReader(file))
-        outcomes = {name: Outcome(loss["title"], tuple(float(row[name]) for row in rows), loss["memorized"],
+        outcomes = {name: Outcome(loss["title"], tuple(float(row[name] or "nan") for row in rows), loss["memorized"],
                                   loss["batch_size"]) for name, loss in saved["losses"].items()}
         figure = overfit_figure(outcomes, settings)
-    except (AttributeError, KeyError, TypeError, ValueError, csv.Error) as error:
-        raise UserError(f"{folder} has a damaged overfit.json or curves.csv: run --overfit-batch again") from error
+    except (AttributeError, KeyError, TypeError, ValueError) as error:
+        raise UserError(f"{folder / 'overfit.json'} is damaged: run --overfit-batch again") from error
     save_figure(figure, folder / "overfit.png")
     return folder / "overfit.png"
 

@@ -355,8 +355,8 @@ def _draw_cell(axes: Any, column: int, row: int, name: str, probability: float, 
     color = BLUE if correct else ORANGE
     axes.add_patch(Rectangle((column - 0.48, row - 0.46), 0.96, 0.92, facecolor=(color, 0.08 + 0.6 * probability),
                              edgecolor=color if correct else "none", linewidth=2))
-    axes.text(column, row, f"{textwrap.fill(name, 13)}\n{'✓ ' if correct else ''}{100 * probability:.0f}%",
-              fontsize=8, ha="center", va="center", fontweight="bold" if correct else "normal")
+    words = "\n".join([*name.split(), f"{'✓ ' if correct else ''}{100 * probability:.0f}%"])
+    axes.text(column, row, words, fontsize=8, ha="center", va="center", fontweight="bold" if correct else "normal")
 
 
 # ---- The command ----------------------------------------------------------------------------------------------------

@@ -130,10 +130,11 @@ def overfit_figure(outcomes: dict[str, Outcome], settings: Settings) -> Any:
     for name, outcome in outcomes.items():
         finite = [value if math.isfinite(value) and value > 0 else math.nan for value in outcome.curve]
         axes.plot(finite, color=LOSSES[name].color, lw=1.3)
-        memorized = f"{textwrap.fill(outcome.title, 22, break_on_hyphens=False)}:\n{outcome.memorized} of {outcome.batch_size} memorized"
-        ends.append((next(filter(math.isfinite, reversed(finite)), 1.0), memorized, LOSSES[name].color))
+        last = next(filter(math.isfinite, reversed(finite)), 1.0)
+        label = textwrap.fill(f"{outcome.title}:", 22, break_on_hyphens=False)
+        ends.append((last, f"{label}\n{outcome.memorized} of {outcome.batch_size} memorized", LOSSES[name].color))
     axes.axhline(CHANCE, color="0.4", lw=1, ls=":")
-    ends.append((CHANCE, f"cross-entropy of\nguessing: ln 100", "0.3"))
+    ends.append((CHANCE, "cross-entropy of\nguessing: ln 100", "0.3"))
     axes.set(yscale="log", xlabel="step (the same batch every time)", ylabel="loss", xlim=(0, settings.epochs))
     axes.grid(alpha=0.3)
     label_ends(axes, ends)
