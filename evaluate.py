@@ -211,11 +211,9 @@ def draw(shown: Published, run: FinishedRun) -> dict[str, Any]:
     images, probabilities = test.images.numpy(), softmax(run.logits(test))
     predicted = probabilities.argmax(1)
     confusion = confusion_matrix(predicted, labels, classes)
-    coarse = coarse_of_fine(labels, test.coarse_labels, classes)
-    fit_classes = figures.fit_to_show(coarse, test.coarse_names)
-    fit = fit_classes[labels]
+    fit = figures.fit_to_show(test.coarse_labels, test.coarse_names)
     mistakes = confident_mistakes(probabilities, labels, len(labels))
-    confused = confused_pairs(confusion * fit_classes[:, None] * fit_classes, PAIRS, once=True)
+    confused = confused_pairs(confusion_matrix(predicted[fit], labels[fit], classes), PAIRS, once=True)
     name = f"{run.name} on SYNTHETIC IMAGES, not CIFAR-100" if run.synthetic else run.name
 
     calibrated, found = run, {1.0: calibration(probabilities, labels)}
@@ -227,12 +225,12 @@ def draw(shown: Published, run: FinishedRun) -> dict[str, Any]:
                 for temperature, one in found.items()}
     drawn = {
         "confusion": figures.confusion_figure(
-            confusion, coarse, test.coarse_names, f"{name}: confusion matrix on the test set"),
+            confusion, coarse_of_fine(labels, test.coarse_labels, classes), test.coarse_names,
+            f"{name}: confusion matrix on the test set"),
         "classes": figures.class_accuracy_figure(
             class_accuracy(predicted, labels, classes), names, f"{name}: test accuracy by class"),
         "confused": figures.confused_pairs_figure(
-            images, probabilities, labels, fit, confused, names,
-            f"{name}: most frequent confusions"),
+            images, probabilities, labels, fit, confused, names, f"{name}: most frequent confusions"),
         "mistakes": figures.mistakes_figure(
             images, probabilities, labels, mistakes[fit[mistakes]], names, f"{name}: most confident mistakes"),
         "reliability": figures.reliability_figure(variants, f"{calibrated_name}: reliability diagram"),
@@ -245,7 +243,7 @@ def draw_recipes(published: Published) -> dict[str, Any]:
     curves = {recipe: [seed.curves() for seed in seeds] for recipe, seeds in by_recipe(published.runs).items()}
     accuracy = {row["recipe"]: row["top1"]["mean"] for row in published.rows}
     path = published.results_dir / PUBLISHED / "benchmarks" / "time_to_accuracy.md"
-    costs = path.read_text(encoding="utf-8") if path.exists() else ""
+    costs = path.read_text(encoding="utf-8", errors="replace") if path.exists() else ""
     timed = {"accuracy-time": figures.accuracy_time_figure(published.rows, costs)} \
         if figures.measured_costs(costs) else {}
     return timed | {

@@ -104,7 +104,7 @@ def class_accuracy_figure(accuracy: np.ndarray, names: tuple[str, ...], title: s
 
 
 def fit_to_show(coarse_labels: np.ndarray, coarse_names: tuple[str, ...]) -> np.ndarray:
-    """Which images, or classes, a grid may show, bool [N]: not those of PEOPLE."""
+    """Which images a grid may show, bool [N]: not those of PEOPLE."""
     return np.isin(coarse_labels, [at for at, name in enumerate(coarse_names) if name == PEOPLE], invert=True)
 
 
@@ -113,7 +113,8 @@ def all_different(images: np.ndarray, positions: np.ndarray, count: int, shown: 
 
     Their own thumbnails are added to `shown`.
     """
-    side, chosen = images.shape[-1] // THUMBNAIL * THUMBNAIL, []
+    side = images.shape[-1] // THUMBNAIL * THUMBNAIL
+    chosen: list[int] = []
     for at in positions:
         if len(chosen) == count:
             break
@@ -140,7 +141,8 @@ def confused_pairs_figure(images: np.ndarray, probabilities: np.ndarray, labels:
     figure = new_figure(WIDTH, 0.4 + 1.13 * len(pairs), title)
     figure.get_layout_engine().set(h_pad=0.11)  # inches: for the text above each row
     grid = figure.subplots(len(pairs), EXAMPLES + LOOKALIKES, squeeze=False)
-    predicted, shown = probabilities.argmax(1), []
+    predicted = probabilities.argmax(1)
+    shown: list[np.ndarray] = []
     for row, (label, taken_for, times) in zip(grid, pairs, strict=True):
         by_confidence = np.argsort(-probabilities[:, taken_for], kind="stable")
         by_confidence = by_confidence[(predicted[by_confidence] == taken_for) & fit[by_confidence]]
@@ -222,7 +224,7 @@ def learning_curves_figure(curves: dict[str, list[dict[str, list[float]]]], accu
         for one in seeds:
             axes.plot(one["epoch"], one["train_acc"], color=BLUE, lw=1.2)
         axes.axhline(accuracy[recipe], color=ORANGE, lw=1.2, ls="--")
-        at_end = np.mean([one["train_acc"][-1] for one in seeds])
+        at_end = float(np.mean([one["train_acc"][-1] for one in seeds]))
         axes.set_title(f"{recipe}, {len(seeds)} seeds" if len(seeds) > 1 else recipe, fontsize=10)
         axes.set(xlim=(0, seeds[0]["epoch"][-1]), ylim=(0, 100))
         axes.xaxis.get_major_locator().set_params(integer=True)
@@ -316,7 +318,7 @@ def measured_costs(text: str) -> list[dict[str, Any]]:
              "minutes": float(time.split()[0]) * (60 if time.endswith("h") else 1),
              "accuracy": float(accuracy) if accuracy else None}
             for name, _, flops, _, time, _, accuracy in (row for row in rows if len(row) == COST_COLUMNS)
-            if re.fullmatch(r"[\d.]+ (min|h)", time)]
+            if re.fullmatch(r"\d+\.?\d*e\d+ \d+\.?\d* (min|h) (\d+\.\d+)?", f"{flops} {time} {accuracy}")]
 
 
 def _costs_and_accuracies(

@@ -178,6 +178,8 @@ def test_costs_are_read_from_the_published_table() -> None:
     assert ours == {"name": "--recipe ours", "flops": 1.9e14, "minutes": 7.5, "accuracy": 70.4}
     assert unpublished["accuracy"] is None and resnet["minutes"] == 150
     assert figures.measured_costs("") == figures.measured_costs("| a | 7 |") == []
+    for damaged in ("1.9e14", "7.5 min", "70.4"):
+        assert len(figures.measured_costs(COSTS.replace(damaged, "much", 1))) == 2
     assert len(figures.measured_costs((ROOT / "results/published/benchmarks/time_to_accuracy.md").read_text())) >= 4
 
 

@@ -385,7 +385,8 @@ def _draw_grid(axes: Any, rows: Sequence[Sequence[Tensor]], row_names: Sequence[
                 axes.annotate(below[down][right].replace(" ", "\n"), (left(right) + width / 2, height * down + width),
                               xytext=(0, -1), textcoords="offset points", ha="center", va="top", fontsize=NAME_SIZE,
                               linespacing=0.9, color=ORANGE if differ else "black", annotation_clip=False)
-    axes.set(xlim=(0, max(map(len, rows))), ylim=(height * len(rows), 0), aspect="equal", anchor="NW")  # else names are cut
+    axes.set(xlim=(0, max(map(len, rows))), ylim=(height * len(rows), 0), aspect="equal")
+    axes.set_anchor("NW")  # in the middle of its place, a grid could be too close to the edge for its names
     axes.set_xticks([left(column) + width / 2 for column in range(len(column_names))], column_names, fontsize=8.5)
     axes.set_yticks(height * np.arange(len(row_names)) + width / 2, row_names, fontsize=8.5)
     axes.tick_params(length=0, labeltop=True, labelbottom=False)
