@@ -10,7 +10,7 @@
     python evaluate.py --publish mlp-s0       # copy a finished run to results/published/, then measure all runs
     python evaluate.py --calibrate fast-s0    # publish the validation logits of a run trained on 45,000 images, and
                                               # write the temperature that they give into the published weights
-    python evaluate.py --figures              # draw the published runs into docs/figures/
+    python evaluate.py --figures              # draw the published runs, and the search, into docs/figures/
     python evaluate.py --report               # write results/report.html, a self-contained page
     python evaluate.py --check                # change nothing; exit 1 if a published number does not hold
 
@@ -28,6 +28,8 @@ from functools import cache
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+
 from common.command_line import Parser, exit_status, next_command
 from common.devices import float32_device
 from common.errors import UserError, warn
@@ -35,7 +37,7 @@ from common.files import RESULTS_DIR, ROOT, write_json
 from common.plotting import save_figure
 from common.run_files import PUBLISHED, find_run
 from common.text import printable
-from evaluation import figures
+from evaluation import figures, insights
 from evaluation.blocks import Published, calibrations, renew_blocks
 from evaluation.check import check
 from evaluation.finished_runs import FinishedRun, TestSet, find_runs, find_unfinished, named_run, not_finished
@@ -49,6 +51,7 @@ from evaluation.metrics import (
     softmax,
 )
 from evaluation.publish import label_weights, publish, publish_calibration, publish_overfit
+from evaluation.searches import read_searches, waterfall_figure
 from evaluation.tables import by_recipe, comparison, ensemble_table, run_table
 from utils import default_data_dir
 
@@ -202,7 +205,7 @@ def _write_report(shown: Published, run: FinishedRun) -> None:
 
 
 def draw(shown: Published, run: FinishedRun) -> dict[str, Any]:
-    """Every figure by file name: `run`'s predictions in detail, then all published runs if it is one of them.
+    """Every figure by file name: `run` in detail, then all published runs and the searches if it is one of them.
 
     The reliability diagram shows the best calibrated recipe if `run` has no calibration.
     """
@@ -235,7 +238,40 @@ def draw(shown: Published, run: FinishedRun) -> dict[str, Any]:
             images, probabilities, labels, mistakes[fit[mistakes]], names, f"{name}: most confident mistakes"),
         "reliability": figures.reliability_figure(variants, f"{calibrated_name}: reliability diagram"),
     }
-    return drawn if shown.alone else drawn | draw_recipes(shown)
+    drawn |= draw_insights(shown, run, probabilities, name)
+    return drawn if shown.alone else drawn | draw_recipes(shown) | draw_searches(ROOT / "docs" / "experiments.md")
+
+
+def draw_insights(shown: Published, run: FinishedRun, probabilities: np.ndarray, name: str) -> dict[str, Any]:
+    """A look inside `run`, called `name`, by file name. All these figures need weights, which not every run has.
+
+    The filters are those of the best run of each kind of network.
+    """
+    test, kinds = shown.test, {}
+    for one in [run] if shown.alone else shown.ranked:
+        if one.weights.exists():
+            model = one.network(test)
+            kinds.setdefault(model.model_name, (one.name, model))
+    title = f"{name}: its first layers" if shown.alone else "The first layers of each kind of network"
+    drawn = {"filters": insights.filters_figure(dict(kinds.values()), title)} if kinds else {}
+    if not run.weights.exists():
+        return drawn
+    model, labels = run.network(test), test.fine_labels
+    coarse = coarse_of_fine(labels, test.coarse_labels, len(test.fine_names))
+    points = insights.class_map(insights.class_features(model, test.images, labels))
+    drawn["class-map"] = insights.map_figure(points, coarse, test.fine_names, test.coarse_names,
+                                             f"{name}: which classes look alike to the network")
+    if insights.is_convolutional(model):
+        chosen = insights.confident_examples(probabilities, labels, coarse, test.coarse_names)
+        drawn["grad-cam"] = insights.looks_figure(model, test.images, probabilities, labels, chosen, test.fine_names,
+                                                  f"{name}: what decided its prediction")
+    return drawn
+
+
+def draw_searches(path: Path) -> dict[str, Any]:
+    """The marked tables of a log of experiments as waterfalls, by file name."""
+    return {table: waterfall_figure(trials, f"{table}: what each change gave, from top to bottom")
+            for table, trials in read_searches(path).items() if trials}
 
 
 def draw_recipes(published: Published) -> dict[str, Any]:

@@ -175,6 +175,12 @@ class FinishedRun:
             np.savez_compressed(file, logits=logits, hash=test.hashes, weights_sha256=np.array(self.weights_digest()))
         return logits
 
+    def network(self, test: TestSet) -> nn.Module:
+        """The trained network, where it computes. Raises UserError if its classes are not those of `test`."""
+        model = load_model(self.weights, test.device)
+        require_classes(model, len(test.fine_names), str(self.weights))
+        return model
+
     def flip_averaged(self, test: TestSet) -> np.ndarray:
         """Log-probabilities, float64 [N, 100], averaged over each image and its mirror image. Needs the weights."""
         if not self.weights.exists():

@@ -446,6 +446,9 @@ def documented_template(
         list_near_duplicates(site, test_set.hashes[:10])
         assert site.main("--calibrate", "held-out") == 0
         site.document.parent.mkdir()
+        (site.document.parent / "experiments.md").write_text(
+            "<!-- search: drawn by `python evaluate.py --figures` -->\n| | change | predicted | held-out top-1 |\n"
+            "|---|---|---|---|\n| base | the start | 50 | 51.5 |\n| more | again | + 1 | 51 |\n")
         site.document.write_text("\n".join(f"above\n\n{START.format(name)}\n{END.format(name)}\n"
                                            for name in blocks.BLOCKS))
         assert site.main() == 0
@@ -797,9 +800,21 @@ def test_figures_show_published_runs(documented: Site, capsys: pytest.CaptureFix
     assert documented.main("--figures", "mlp-s1") == 0
     folder = documented.root / "docs" / "figures"
     assert run_names(folder) == sorted(f"{name}.png" for name in (
-        "confusion", "classes", "confused", "mistakes", "reliability", "curves", "accuracy-flops"))
+        "confusion", "classes", "confused", "mistakes", "reliability", "curves", "accuracy-flops",
+        "filters", "search"))
     assert all(1000 < path.stat().st_size < 300_000 for path in folder.iterdir())
     assert {path.stem for path in folder.iterdir()} == figures.CAPTIONS.keys() - {"accuracy-time"}  # nothing was timed
+
+
+def test_figures_that_need_weights_are_of_the_run_that_is_named(documented: Site) -> None:
+    """The published mlp-s1 has none; its recipe's first seed, whose filters are shown, has."""
+    shown = evaluate.Published(documented.results, [run for run in find_runs(documented.results) if run.published],
+                               TestSet("", synthetic=True))
+    for name, expected in (("mlp-s0", {"filters", "class-map"}), ("mlp-s1", {"filters"})):
+        run = named_run(f"published/{name}", documented.results)
+        drawn = evaluate.draw_insights(shown, run, np.full((SYNTHETIC_IMAGES, 100), 0.01), name)
+        assert drawn.keys() == expected
+        assert [axes.get_title(loc="left") for axes in drawn["filters"].axes][1].startswith("mlp-s0, layer 1, trained")
 
 
 def test_an_own_run_has_figures_and_a_report_in_its_folder(
@@ -812,14 +827,15 @@ def test_an_own_run_has_figures_and_a_report_in_its_folder(
                         lambda figure, path: titles.append(figure.get_suptitle()) or save_figure(figure, path))
     before = set(run_names(ROOT / "docs" / "figures"))
     assert evaluate_main(own, "--figures", "mlp-s0") == 0
-    assert run_names(own / "mlp-s0" / "figures") == ["classes.png", "confused.png", "confusion.png", "mistakes.png",
-                                                     "reliability.png"]
-    assert len(titles) == 5 and all("SYNTHETIC IMAGES, not CIFAR-100" in title for title in titles)
+    assert run_names(own / "mlp-s0" / "figures") == [
+        "class-map.png", "classes.png", "confused.png", "confusion.png", "filters.png", "mistakes.png",
+        "reliability.png"]
+    assert len(titles) == 7 and all("SYNTHETIC IMAGES, not CIFAR-100" in title for title in titles)
     assert set(run_names(ROOT / "docs" / "figures")) == before
     assert evaluate_main(own, "--report", f"{own}/mlp-s0/loss.png") == 0
     text = (own / "mlp-s0" / "report.html").read_text()
     assert "SYNTHETIC IMAGES, not CIFAR-100: " in text and "The last checkpoint of this run." in text
-    assert text.count("<figure>") == 5 and f"written: {own}/mlp-s0/report.html" in capsys.readouterr().out
+    assert text.count("<figure>") == 7 and f"written: {own}/mlp-s0/report.html" in capsys.readouterr().out
     assert evaluate_main(own, "mlp-s0") == 0  # it is still a run
 
 
