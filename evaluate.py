@@ -247,7 +247,8 @@ def draw_insights(shown: Published, run: FinishedRun, probabilities: np.ndarray,
 
     The filters are those of the best run of each kind of network.
     """
-    test, kinds = shown.test, {}
+    test = shown.test
+    kinds: dict[Any, tuple[str, Any]] = {}
     for one in [run] if shown.alone else shown.ranked:
         if one.weights.exists():
             model = one.network(test)

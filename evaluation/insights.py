@@ -9,7 +9,7 @@ import copy
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
-from typing import cast
+from typing import Any, cast
 
 import numpy as np
 import torch
@@ -36,8 +36,12 @@ GOLDEN = (5**0.5 - 1) / 2  # multiples of it, modulo 1, are far apart: hues of m
 def _recorded(model: nn.Module) -> Iterator[list[tuple[nn.Module, Tensor]]]:
     """Collect all layers and their outputs in the order in which they are computed."""
     outputs: list[tuple[nn.Module, Tensor]] = []
-    hooks = [module.register_forward_hook(lambda module, _, output: outputs.append((module, output)))
-             for module in model.modules()]
+
+    def record(module: nn.Module, _: Any, output: Any) -> None:
+        if isinstance(output, Tensor):
+            outputs.append((module, output))
+
+    hooks = [module.register_forward_hook(record) for module in model.modules()]
     try:
         yield outputs
     finally:
@@ -143,7 +147,7 @@ def class_features(model: nn.Module, images: Tensor, labels: np.ndarray, per_cla
     chosen = [np.flatnonzero(labels == label)[:per_class] for label in range(labels.max() + 1)]
     features: list[Tensor] = []
     head = cast(nn.Module, model.head)
-    hook = head.register_forward_pre_hook(lambda _, inputs: features.append(inputs[0].double().cpu()))
+    hook = head.register_forward_pre_hook(lambda _, inputs: features.append(inputs[0].cpu().double()))
     try:
         compute_logits(model, images[torch.from_numpy(np.concatenate(chosen))])
     finally:
