@@ -25,7 +25,7 @@ from common import devices
 from common.command_line import exit_status
 from common.plotting import save_figure
 from common.text import overfit_table
-from evaluation import blocks, figures, finished_runs, publish
+from evaluation import blocks, figures, finished_runs, insights, publish
 from evaluation.finished_runs import FinishedRun, TestSet, find_runs, named_run
 from evaluation.metrics import fit_temperature, measure, softmax
 from evaluation.tables import CITED, full_table, headline, short_table
@@ -52,6 +52,12 @@ README = f"# Title\n\nabove\n\n{START.format('results')}\n{END.format('results')
 def evaluate_main(results_dir: Path, *flags: str) -> int:
     """Run `evaluate.py` with these flags in this process; returns its exit status."""
     return exit_status(lambda: evaluate.main([*flags, "--results-dir", str(results_dir)]))
+
+
+@pytest.fixture(autouse=True)
+def any_map(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Classes at random places, because their map takes a second and is tested in tests/test_insights.py."""
+    monkeypatch.setattr(insights, "class_map", lambda features: np.random.default_rng(0).random((len(features), 2)))
 
 
 @pytest.fixture(scope="module")
