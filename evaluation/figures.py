@@ -36,7 +36,7 @@ CAPTIONS = {
     "accuracy-flops": "Up and to the left is better: more accuracy from less arithmetic, which unlike time is the same "
                       "on every machine. Bars show the standard deviation over seeds, where there are several.",
     "curves": "Training accuracy over the epochs (blue, one line per seed) and test accuracy at the end (orange). The "
-              "gap between their ends is what was memorized; augmentation narrows it.",
+              "gap between their ends shows how much was memorized; augmentation narrows it.",
     "confused": "Each row is a pair of classes: on the left the most confident mistakes, on the right correctly "
                 "classified images of the class that they were taken for. Could you separate them?",
     "mistakes": "Above each image the prediction and its probability, below it the label. Some labels are wrong, and "
