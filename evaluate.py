@@ -91,7 +91,7 @@ def main(argv: list[str] | None = None) -> int:
     elif options.figures is not None:
         _write_figures(*_subject(options.figures, published, test_set, results_dir))
     elif options.report is not None:
-        _write_report(*_subject(options.report, published, test_set, results_dir))
+        _write_report(*_subject(options.report, published, test_set, results_dir), options.data_dir, results_dir)
     else:
         for name in own_names:
             is_overfit = (results_dir / name / "overfit.json").exists()
@@ -195,12 +195,13 @@ def _write_figures(shown: Published, run: FinishedRun) -> None:
         print(f"drawn: {folder / file}.png")
 
 
-def _write_report(shown: Published, run: FinishedRun) -> None:
-    from evaluation.report import write_report  # here, because it needs packages that the numbers do not
+def _write_report(shown: Published, run: FinishedRun, data_dir: str, results_dir: Path) -> None:
+    from evaluation.report import cited_rows, training_copies, write_report  # it needs packages that numbers do not
 
     path = shown.results_dir / "report.html"
-    by_title = {figure.get_suptitle(): figure for figure in draw(shown, run).values()}
-    write_report(shown.runs, shown.rows, shown.test, run, by_title, path)
+    copies = {} if run.synthetic else training_copies(results_dir / NEAR_DUPLICATES, shown.test, data_dir)
+    cited = [] if run.synthetic else cited_rows(results_dir)
+    write_report(shown, run, draw(shown, run), path, copies=copies, cited=cited)
     print(f"written: {path}")
 
 

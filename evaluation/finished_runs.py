@@ -39,8 +39,9 @@ class TestSet:
     """The test set in the order of its images' hashes, the same for every distribution of the files.
 
     images: uint8 [N, 3, 32, 32], a tensor; hashes: uint64 [N], fine_labels and coarse_labels: int64 [N], arrays;
-    distinct: bool [N], False for each image whose hash is in the column `test_hash` of the CSV file `near_duplicates`;
-    device: where networks compute their logits on these images.
+    places: int64 [N], each image's place in the official files; distinct: bool [N], False for each image whose hash
+    is in the column `test_hash` of the CSV file `near_duplicates`; device: where networks compute their logits on these
+    images.
     """
 
     __test__ = False  # keeps pytest from collecting it as a test
@@ -50,27 +51,31 @@ class TestSet:
         self.device = device
         split = load_test_set(data_dir, use_synthetic=synthetic)
         order = torch.from_numpy(np.argsort(split.hashes, kind="stable"))
-        self.hashes = split.hashes[order.numpy()]
+        self.places = order.numpy()
+        self.hashes = split.hashes[self.places]
         self.images = split.images[order]
         self.fine_labels, self.coarse_labels = split.fine_labels[order].numpy(), split.coarse_labels[order].numpy()
         self.fine_names, self.coarse_names = split.fine_names, split.coarse_names
-        listed = _read_hashes(near_duplicates) if near_duplicates and not synthetic else ()
+        listed = read_hashes(near_duplicates, "test_hash") if near_duplicates and not synthetic else ()
         self.distinct = ~np.isin(self.hashes, listed)
 
     def __len__(self) -> int:
         return len(self.hashes)
 
 
-def _read_hashes(path: Path) -> np.ndarray:
-    """The hashes in a list of near-duplicates, uint64 [N]; empty without a list."""
+def read_hashes(path: Path, column: str) -> np.ndarray:
+    """The hashes in a column of a list of near-duplicates, uint64 [N]; empty without a list.
+
+    Raises UserError if the list is damaged.
+    """
     if not path.exists():
         return np.array([], dtype=np.uint64)
     require_file(path)
     try:
         with open(path, newline="") as file:
-            return np.array([int(row["test_hash"], 16) for row in csv.DictReader(file)], dtype=np.uint64)
+            return np.array([int(row[column], 16) for row in csv.DictReader(file)], dtype=np.uint64)
     except (KeyError, TypeError, ValueError, OverflowError, csv.Error) as error:
-        raise UserError(f"{path} needs a column test_hash of 16 hexadecimal digits: write it again with "
+        raise UserError(f"{path} needs a column {column} of 16 hexadecimal digits: write it again with "
                         "python -m tools.explore") from error
 
 
