@@ -11,7 +11,7 @@
     python evaluate.py --calibrate fast-s0    # publish the validation logits of a run trained on 45,000 images, and
                                               # write the temperature that they give into the published weights
     python evaluate.py --figures              # draw the published runs, and the search, into docs/figures/
-    python evaluate.py --report               # write results/report.html, a self-contained page
+    python evaluate.py --report               # write results/report.html: every test image, guesses, figures
     python evaluate.py --check                # change nothing; exit 1 if a published number does not hold
 
 Name a run as a shell completes it: its name, its folder, or a file in that. A published run is published/<name> if one

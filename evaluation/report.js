@@ -85,7 +85,7 @@ function choose(changes = {}, {scroll = false} = {}) {
   show();
   history.pushState(null, "", address());
   if (!scroll) return;
-  byId("images").scrollIntoView();
+  byId("count").scrollIntoView();
   gallery.querySelector("[tabindex='0']")?.focus({preventScroll: true});
 }
 
@@ -101,6 +101,8 @@ function classTest(text) {
   return (label) => text === "" || data.names[label] === text || `all ${superclass(label)}` === text;
 }
 
+const isNumber = (search) => /^\d+$/.test(search);
+
 function filter() {
   const [run, other] = [value("run"), value("other")], search = value("search").trim().toLowerCase();
   const isLabel = classTest(value("label")), isGuess = classTest(value("guess"));
@@ -110,7 +112,7 @@ function filter() {
     "only-other": (image) => !isRight(run, image) && isRight(other, image),
     neither: (image) => !isRight(run, image) && !isRight(other, image),
   }[value("show")];
-  if (/^\d+$/.test(search)) return images.filter((image) => data.places[image] === Number(search)); // whatever it shows
+  if (isNumber(search)) return images.filter((image) => data.places[image] === Number(search)); // whatever it shows
   const matches = (image) => `${data.names[labels[image]]}, ${superclass(labels[image])}`.toLowerCase().includes(search);
   const direction = value("order") === "sure" ? -1 : 1;
   return images.filter((image) => isLabel(labels[image]) && isGuess(guessOf(run, image)[0]) && passes(image)
@@ -156,8 +158,11 @@ function showGallery() {
   gallery.parentElement.scrollTop = 0;
   showMore();
   const right = found.filter((image) => isRight(value("run"), image)).length;
-  byId("count").textContent = (found.length ? `${found.length.toLocaleString("en")} image${found.length === 1 ? "" : "s"}` : "no image passes all filters") +
-    (value("show") === "all" && found.length ? `; ${value("run")} is right on ${right.toLocaleString("en")}` : "");
+  const of = isNumber(value("search")) ? "" : (value("label") && ` of ${value("label")}`)
+    + (value("guess") && ` taken for ${value("guess")}`);
+  byId("count").textContent = found.length === 0 ? "no image passes all filters"
+    : `${found.length.toLocaleString("en")} image${found.length === 1 ? "" : "s"}${of}` +
+      (value("show") === "all" ? `; ${value("run")} is right on ${right.toLocaleString("en")}` : "");
   byId("details").hidden = found.length === 0;
   if (chosen === null || !found.includes(chosen)) chosen = found[0] ?? null;
   while (gallery.childElementCount <= found.indexOf(chosen)) showMore();
@@ -187,10 +192,10 @@ function topFive(run, image) {
 
 function showDetails(image) {
   const runs = [value("run"), value("other")].filter((run, i, all) => run && all.indexOf(run) === i);
-  const text = make("div", {}, make("h3", {}, outcome(value("run"), image)),
-    make("p", {}, `test image ${data.places[image]}, ${superclass(labels[image])}`));
-  for (const run of runs) text.append(make("h4", {}, run), topFive(run, image));
-  byId("details").replaceChildren(pictureOf(image), text);
+  byId("details").replaceChildren(pictureOf(image),
+    make("div", {}, make("h3", {}, outcome(value("run"), image)),
+         make("p", {}, `test image ${data.places[image]}, ${superclass(labels[image])}`)),
+    make("div", {className: "guesses"}, ...runs.map((run) => make("div", {}, make("h4", {}, run), topFive(run, image)))));
   const copy = copies.indexOf(image);
   if (copy !== -1)
     byId("details").append(make("div", {className: "copy"}, picture("copies", copy),
@@ -373,5 +378,6 @@ document.querySelector("nav").addEventListener("click", (event) => {
 });
 
 const initial = Object.fromEntries(new FormData(form));
-if (readAddress()) byId("images").scrollIntoView();
+const linked = readAddress();
 show();
+if (linked) byId("count").scrollIntoView();

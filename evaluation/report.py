@@ -34,8 +34,9 @@ LEAD = ("accuracy-time", "accuracy-minutes")  # the first of these figures opens
 DRAWN_BY_THE_PAGE = ("confusion", "classes", "confused", "mistakes", "reliability")  # for any run, with JavaScript
 SORTED_BY = "top-1 (%)"
 BEST_FIRST = {  # the columns of the table, each with the order in which the best is first
-    "model": "ascending", SORTED_BY: "descending", "±": "ascending", "top-5 (%)": "descending", "superclass (%)": "descending",
-    "seeds": "descending", "parameters": "ascending", "minutes": "ascending", "FLOPs": "ascending",
+    "model": "ascending", SORTED_BY: "descending", "±": "ascending", "top-5 (%)": "descending",
+    "superclass (%)": "descending", "seeds": "descending", "parameters": "ascending", "minutes": "ascending",
+    "FLOPs": "ascending",
 }
 Cells = list[tuple[str, str | float | None]]  # of a row: what is shown, and what to sort by
 

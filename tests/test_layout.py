@@ -52,7 +52,7 @@ ALL = files("*.py", "*/*.py", "*/*/*.py")
 SOURCES = [path for path in ALL if room(path) != "tests"]
 DOCUMENTS = files("*.md", "docs/*.md", "data/*.md")
 TEXTS = [*ALL, *DOCUMENTS, *files("docs/*.ipynb", "Makefile", "*.toml", "*.cff", "requirements*.txt",
-                                  "evaluation/*.html")]
+                                  "evaluation/*.html", "evaluation/*.css", "evaluation/*.js")]
 
 
 @cache
