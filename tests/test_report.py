@@ -86,8 +86,8 @@ BENCHMARK = """A machine
 ROWS = [make_row("small", 41.5, 900_000), make_row("large", 9.25, 10_000_000, 0.5), make_row("middle", 70, 5_000_000)]
 
 
-def make_report(folder: Path) -> Path:
-    """Write the report, in a new `folder` that holds its runs too."""
+def make_report(folder: Path, *, alone: bool = False) -> Path:
+    """Write the report, in a new `folder` that holds its runs too; `alone`, only about the good one."""
     from matplotlib.figure import Figure
 
     folder.mkdir()
@@ -99,7 +99,8 @@ def make_report(folder: Path) -> Path:
     good, crabs = make_run(folder / "good-s0", GOOD), make_run(folder / "crabs-s0", CRABS)
     (folder / "published" / "benchmarks").mkdir(parents=True)
     (folder / "published" / "benchmarks" / "time_to_accuracy.md").write_text(BENCHMARK)
-    shown = SimpleNamespace(runs=[crabs, good], rows=ROWS, test=TEST, alone=False, results_dir=folder)
+    shown = SimpleNamespace(runs=[good] if alone else [crabs, good], rows=ROWS[:1] if alone else ROWS, test=TEST, alone=alone,
+                            results_dir=folder)
     copy = torch.from_numpy(COPY).view(3, 1, 1).expand(3, 32, 32)
     path = folder / "report.html"
     with pytest.MonkeyPatch.context() as patch:
@@ -366,6 +367,12 @@ def test_two_runs_can_be_compared(page: Browser) -> None:
     assert gallery(page) == []
     page.choose("[name=show]", "neither")
     assert gallery(page) == [ANT, ANOTHER]
+
+
+def test_a_page_about_one_run_has_no_comparison(browser: Browser, tmp_path: Path) -> None:
+    browser.open(make_report(tmp_path / "one", alone=True), fragment="other=crabs-s0&show=only-this")
+    assert gallery(browser) == [ANT, ANOTHER]
+    assert browser.texts("[name=other], [value=neither]") == [] and browser.errors() == []
 
 
 def test_search_finds_names_and_numbers(page: Browser) -> None:
