@@ -99,8 +99,8 @@ def make_report(folder: Path, *, alone: bool = False) -> Path:
     good, crabs = make_run(folder / "good-s0", GOOD), make_run(folder / "crabs-s0", CRABS)
     (folder / "published" / "benchmarks").mkdir(parents=True)
     (folder / "published" / "benchmarks" / "time_to_accuracy.md").write_text(BENCHMARK)
-    shown = SimpleNamespace(runs=[good] if alone else [crabs, good], rows=ROWS[:1] if alone else ROWS, test=TEST, alone=alone,
-                            results_dir=folder)
+    runs, rows = ([good], ROWS[:1]) if alone else ([crabs, good], ROWS)
+    shown = SimpleNamespace(runs=runs, rows=rows, test=TEST, alone=alone, results_dir=folder)
     copy = torch.from_numpy(COPY).view(3, 1, 1).expand(3, 32, 32)
     path = folder / "report.html"
     with pytest.MonkeyPatch.context() as patch:
