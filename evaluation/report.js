@@ -133,12 +133,14 @@ function outcome(run, image) {
 }
 
 function tile(image) {
-  const run = value("run"), [guess, percent] = guessOf(run, image), label = labels[image];
+  const run = value("run"), other = value("other"), [guess, percent] = guessOf(run, image), label = labels[image];
+  const second = guess !== label ? `is ${data.names[label]}`
+    : other ? `B: ${data.names[guessOf(other, image)[0]]}` : `${percent}%`;
   const button = make("button", {type: "button", className: "tile", role: "option", tabIndex: -1},
     pictureOf(image),
     make("span", {className: guess === label ? "guess" : "guess wrong"},
          `${guess === label ? "✓" : "✗"} ${data.names[guess]}`),
-    make("span", {}, guess === label ? `${percent}%` : `is ${data.names[label]}`));
+    make("span", {}, second));
   button.dataset.image = image;
   button.ariaLabel = button.title = `${outcome(run, image)}, ${percent}%`;
   button.ariaSelected = "false";
@@ -358,12 +360,14 @@ function drawReliability(run) {
      text-anchor="middle">${percent}</text><text x="40" y="${y(percent) + 4}" text-anchor="end">${percent}</text>`);
   const all = bins.reduce((sum, bin) => sum + bin.confidence, 0) / images.length;
   const right = bins.reduce((sum, bin) => sum + bin.right, 0) / images.length * 100;
-  byId("reliability-text").textContent = `${run} is ${all.toFixed(1)}% sure on average and right on ${right.toFixed(1)}% ` +
-    "of the images. A point below the line means that it is too sure; the numbers count images.";
-  byId("reliability").innerHTML = `<svg viewBox="0 0 320 230" role="img" aria-label="Accuracy against confidence">${
+  const finding = `${run} is ${all.toFixed(1)}% sure on average and right on ${right.toFixed(1)}% of the images.`;
+  byId("reliability-text").textContent =
+    `${finding} A point below the line means that it is too sure; the numbers count images.`;
+  byId("reliability").innerHTML = `<svg viewBox="0 0 320 230" role="img">${
     ticks.join("")}<path d="M${x(0)} ${y(0)}L${x(100)} ${y(100)}" stroke="var(--quiet)" stroke-dasharray="3"/>${
     marks.join("")}<text x="175" y="222" text-anchor="middle">confidence (%)</text><text x="-100" y="12"
     text-anchor="middle" transform="rotate(-90)">accuracy (%)</text></svg>`;
+  byId("reliability").firstElementChild.ariaLabel = finding;
 }
 
 byId("run-again").addEventListener("change", ({target}) => choose({run: target.value}));

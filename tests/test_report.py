@@ -363,6 +363,7 @@ def test_two_runs_can_be_compared(page: Browser) -> None:
     assert state(page) == {"other": "crabs-s0", "show": "only-this"}
     assert len(gallery(page)) == 6 and all(", correct, " in name for name in gallery(page))
     assert page.texts("#details h4") == ["good-s0", "crabs-s0"]
+    assert {text.splitlines()[-1] for text in page.texts("#gallery button")} == {"B: crab"}
     page.choose("[name=show]", "only-other")
     assert gallery(page) == []
     page.choose("[name=show]", "neither")
