@@ -240,7 +240,11 @@ def draw(shown: Published, run: FinishedRun) -> dict[str, Any]:
         "reliability": figures.reliability_figure(variants, f"{calibrated_name}: reliability diagram"),
     }
     drawn |= draw_insights(shown, run, probabilities, name)
-    return drawn if shown.alone else drawn | draw_recipes(shown) | draw_searches(ROOT / "docs" / "experiments.md")
+    if not shown.alone:
+        drawn |= draw_recipes(shown) | draw_searches(ROOT / "docs" / "experiments.md")
+    for file, figure in drawn.items():
+        figure.caption = figures.CAPTIONS.get(file, "")
+    return drawn
 
 
 def draw_insights(shown: Published, run: FinishedRun, probabilities: np.ndarray, name: str) -> dict[str, Any]:
