@@ -10,6 +10,8 @@
     python evaluate.py --publish mlp-s0       # copy a finished run to results/published/, then measure all runs
     python evaluate.py --calibrate fast-s0    # publish the validation logits of a run trained on 45,000 images, and
                                               # write the temperature that they give into the published weights
+    python evaluate.py --corruptions          # measure the published runs, or those named, on test images with noise,
+                                              # blur, rotation ..., and on CIFAR-100-C if it is in the data folder
     python evaluate.py --figures              # draw the published runs, and the search, into docs/figures/
     python evaluate.py --report               # write results/report.html: every test image, guesses, figures
     python evaluate.py --check                # change nothing; exit 1 if a published number does not hold
@@ -30,14 +32,14 @@ from typing import Any
 
 import numpy as np
 
-from common.command_line import Parser, exit_status, next_command
+from common.command_line import Parser, exit_status, next_command, say
 from common.devices import float32_device
 from common.errors import UserError, warn
 from common.files import RESULTS_DIR, ROOT, write_json
 from common.plotting import save_figure
 from common.run_files import PUBLISHED, find_run
 from common.text import printable
-from evaluation import figures, insights
+from evaluation import corruptions, figures, insights
 from evaluation.blocks import Published, calibrations, renew_blocks
 from evaluation.check import check
 from evaluation.finished_runs import FinishedRun, TestSet, find_runs, find_unfinished, named_run, not_finished
@@ -88,6 +90,10 @@ def main(argv: list[str] | None = None) -> int:
     elif options.calibrate:
         target = publish_calibration(own_names[0], results_dir, options.data_dir, device)
         print("\n".join([f"published: {target}", *label_weights(results_dir)]))
+    elif options.corruptions is not None:
+        _measure_corruptions(_with_weights(options.corruptions, results_dir), test_set, Path(options.data_dir))
+        if not options.corruptions and results_dir == RESULTS_DIR:
+            _update(published())
     elif options.figures is not None:
         _write_figures(*_subject(options.figures, published, test_set, results_dir))
     elif options.report is not None:
@@ -114,6 +120,8 @@ def _parse(argv: list[str] | None) -> argparse.Namespace:
                         help="copy these finished runs to results/published/, then measure all runs")
     one_of.add_argument("--calibrate", metavar="NAME",
                         help="publish a run's validation logits, from which a temperature is fitted")
+    one_of.add_argument("--corruptions", metavar="RUN", nargs="*",
+                        help="measure the published runs, or these, on corrupted test images and on CIFAR-100-C")
     one_of.add_argument("--figures", metavar="RUN", nargs="?", const=BEST,
                         help="draw the published runs into docs/figures/, with the mistakes of this one (default: the "
                              "best); one of your runs alone, into its folder")
@@ -130,8 +138,8 @@ def _parse(argv: list[str] | None) -> argparse.Namespace:
     options.data_dir = options.data_dir or default_data_dir()
     if options.tta and not options.runs:
         raise UserError("--tta needs the names of the runs to measure")
-    without_table = ("check", "compare", "calibrate", "figures", "report")
-    chosen = next((name for name in without_table if getattr(options, name) not in (None, False, [])), None)
+    without_table = ("check", "compare", "calibrate", "corruptions", "figures", "report")
+    chosen = next((name for name in without_table if getattr(options, name) != parser.get_default(name)), None)
     if options.wide and chosen:
         raise UserError(f"--wide has no effect with --{chosen}")
     return options
@@ -160,6 +168,39 @@ def _chosen(names: list[str], results_dir: Path) -> list[FinishedRun]:
     if unfinished:
         warn(f"left out, since not finished: {', '.join(printable(folder.name) for folder in unfinished)}")
     return runs
+
+
+def _with_weights(names: list[str], results_dir: Path) -> list[FinishedRun]:
+    """The runs of these names, or the published ones that have weights. Raises UserError if there are none."""
+    if names:
+        return [named_run(name, results_dir, with_weights=True) for name in names]
+    runs = [run for run in find_runs(results_dir) if run.published and run.weights.exists()]
+    if not runs:
+        raise UserError("no published run has weights: name one of your runs, as in --corruptions mlp-s0")
+    return runs
+
+
+def _measure_corruptions(runs: list[FinishedRun], test_set: Callable[[bool], TestSet], data_dir: Path) -> None:
+    """Print each run's accuracy on corrupted test images and, if the data folder has it, on CIFAR-100-C."""
+    official = None
+    if not all(run.synthetic for run in runs):
+        official = corruptions.find_official(data_dir, test_set(False))
+    for run in runs:
+        test = test_set(run.synthetic)
+        say(f"{run.label}: {corruptions.clean_accuracy(run, test):.2f}% of {len(corruptions.sample(test)):,} test "
+            "images without corruption; by strength (%):")
+        for name, accuracy in corruptions.measured(run, test):
+            strengths = corruptions.CORRUPTIONS[name].strengths
+            _say_accuracy(name, [f"{strength:g}" for strength in strengths], accuracy)
+        if official and not run.synthetic:
+            say(f"{run.label} on {corruptions.OFFICIAL}, {len(test):,} images at each strength (%):")
+            for name, accuracy in corruptions.measured_official(run, test, official):
+                _say_accuracy(name, [str(number + 1) for number in range(len(accuracy))], accuracy)
+
+
+def _say_accuracy(name: str, strengths: list[str], accuracy: np.ndarray) -> None:
+    columns = [f"{strength:>5}: {value:5.2f}" for strength, value in zip(strengths, accuracy, strict=True)]
+    say(f"  {name:<17}  {'  '.join(columns)}   mean: {accuracy.mean():5.2f}")
 
 
 def _update(published: Published) -> None:
@@ -288,11 +329,18 @@ def draw_recipes(published: Published) -> dict[str, Any]:
     costs = path.read_text(encoding="utf-8", errors="replace") if path.exists() else ""
     timed = {"accuracy-time": figures.accuracy_time_figure(published.rows, costs)} \
         if figures.measured_costs(costs) else {}
-    return timed | {
+    drawn = timed | {
         "accuracy-flops": figures.accuracy_flops_figure(published.rows, costs),
         "curves": figures.learning_curves_figure(
             curves, accuracy, "Published runs, trained on all 50,000 training images"),
     }
+    robust = {run.name: (corruptions.clean_accuracy(run, published.test), corruptions.accuracy(run, published.test))
+              for run in published.with_weights if (run.folder / corruptions.FILE).exists()}
+    if robust:
+        drawn["corruptions"] = figures.corruptions_figure(
+            robust, {name: (one.meaning, one.strengths) for name, one in corruptions.CORRUPTIONS.items()},
+            "Test accuracy on corrupted images")
+    return drawn
 
 
 if __name__ == "__main__":

@@ -304,10 +304,29 @@ def corrupt(images: Tensor, share: float, generator: torch.Generator) -> Tensor:
     noisy, coarse, sharp, rest = images.split([third, third, third, len(images) - 3 * third])
     strength = torch.rand(2, third, 1, 1, 1, generator=generator).to(images.device)
     noise = torch.randn(noisy.shape, generator=generator).to(images.device)
-    noisy = (noisy + NOISE * strength[0] * noise).clamp(0, 1)
-    coarse = F.interpolate(F.avg_pool2d(coarse, 2), scale_factor=2)
-    blurred = F.avg_pool2d(F.pad(sharp, (1, 1, 1, 1), mode="reflect"), 3, stride=1)
-    return torch.cat([noisy, coarse, sharp.lerp(blurred, strength[1]), rest])
+    noisy = add_noise(noisy, NOISE * strength[0], noise)
+    return torch.cat([noisy, pixelate(coarse, 2), blur(sharp, strength[1]), rest])
+
+
+# Three ways to spoil images, float32 [B, C, H, W] in [0, 1]: for training, and to measure how robust a network is.
+
+
+def add_noise(images: Tensor, deviation: Tensor | float, noise: Tensor) -> Tensor:
+    """Add `deviation` times `noise`, which is standard normal and as large as the images."""
+    return (images + deviation * noise).clamp(0, 1)
+
+
+def pixelate(images: Tensor, block: int) -> Tensor:
+    """Replace each block of `block` x `block` pixels by its mean; blocks of 2 x 2 leave half the resolution."""
+    height, width = images.shape[-2:]
+    means = F.avg_pool2d(images, block, ceil_mode=True)
+    return F.interpolate(means, scale_factor=block)[..., :height, :width]
+
+
+def blur(images: Tensor, strength: Tensor | float) -> Tensor:
+    """Move each pixel toward the mean of the 3 x 3 pixels around it: not at all at strength 0, to the mean at 1."""
+    means = F.avg_pool2d(F.pad(images, (1, 1, 1, 1), mode="reflect"), 3, stride=1)
+    return images.lerp(means, strength)
 
 
 def augment(

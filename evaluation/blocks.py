@@ -17,6 +17,7 @@ from common.errors import UserError
 from common.files import ROOT, read_json, write_text
 from common.run_files import CALIBRATION, PUBLISHED
 from common.text import overfit_table, spaced
+from evaluation import corruptions
 from evaluation.finished_runs import FinishedRun, TestSet
 from evaluation.images import answer, answer_text, find_weights, model_text
 from evaluation.metrics import (
@@ -74,6 +75,12 @@ class Published:
                             "publish one with python evaluate.py --publish NAME")
         recipes = by_recipe(self.runs)
         return [recipes[row["recipe"]][0] for row in reversed(self.rows)]
+
+    @property
+    def with_weights(self) -> list[FinishedRun]:
+        """The published runs that have weights, best recipe first; at most one per recipe has them."""
+        recipes = by_recipe(self.runs)
+        return [run for row in reversed(self.rows) for run in recipes[row["recipe"]] if run.weights.exists()]
 
 
 # ---- The text of each block -----------------------------------------------------------------------------------------
@@ -145,6 +152,25 @@ def _compare(published: Published) -> str:
     return comparison(best, second, published.test).replace(f"{PUBLISHED}/", "")
 
 
+def _corruptions(published: Published) -> str:
+    heading = ["run", "unchanged", *corruptions.CORRUPTIONS, *corruptions.GOALS]
+    lines = [f"| {' | '.join(heading)} |", "|---|" + "---:|" * (len(heading) - 1)]
+    for run in published.with_weights:
+        accuracy = dict(zip(corruptions.CORRUPTIONS, corruptions.accuracy(run, published.test), strict=True))
+        goals = [accuracy[name][corruptions.CORRUPTIONS[name].strengths.index(strength)]
+                 for name, strength in corruptions.GOALS.values()]
+        numbers = [corruptions.clean_accuracy(run, published.test),
+                   *(strengths.mean() for strengths in accuracy.values()), *goals]
+        lines.append(f"| {run.name} | {' | '.join(f'{number:.1f}' for number in numbers)} |")
+    if len(lines) == 2:
+        raise UserError("no published run has weights, which corrupted images need")
+    strengths = [f"{name} {', '.join(f'{strength:g}' for strength in one.strengths)} ({one.meaning})"
+                 for name, one in corruptions.CORRUPTIONS.items()]
+    count = len(corruptions.sample(published.test))
+    return "\n".join([f"Test accuracy (%) on {count:,} test images; for each corruption, the mean over five strengths.",
+                      "", *lines, "", f"Strengths: {'; '.join(strengths)}."])
+
+
 def _squeeze(published: Published) -> str:
     lines = ["| model | networks | each alone, mean accuracy (%) | ensemble accuracy (%) |", "|---|---:|---:|---:|"]
     recipes, labels = by_recipe(published.runs), published.test.fine_labels
@@ -206,6 +232,7 @@ BLOCKS: dict[str, Callable[[Published], str]] = {
     "calibration": _calibration,
     "compare": _compare,
     "squeeze": _squeeze,
+    "corruptions": _corruptions,
     "weights": _weights,
     "prediction": _prediction,
     "cost": _printed("time_to_accuracy.md"),

@@ -10,19 +10,23 @@ from common.errors import UserError
 from common.files import read_json
 from common.run_files import PUBLISHED
 from evaluation.blocks import Published, check_blocks
+from evaluation.corruptions import FILE, MEASURE, STRENGTHS, differing
 from evaluation.finished_runs import read_predictions
 from evaluation.publish import labeled_weights
 from models import WeightsError, load_model
 from utils import compute_logits
 
 CHECKED_IMAGES = 1000
+CORRUPTED_IMAGES = 20  # at each strength of each corruption
+MAX_DIFFERING = 0.04  # share of a corruption's predictions; other processors and versions round differently
 CHECK_TOLERANCE = 0.03  # of a logit: float16 rounds them by up to 0.008, processors differ by far less
 
 
 def check(published: Published, root: Path) -> list[str]:
     """A line for each published number that does not hold; an empty list is a pass."""
     problems = [] if published.runs else [f"nothing is published in {published.results_dir / PUBLISHED}"]
-    for part in (_check_results, _check_weights, _check_labels, lambda published: check_blocks(published, root)):
+    for part in (_check_results, _check_weights, _check_labels, _check_corruptions,
+                 lambda published: check_blocks(published, root)):
         try:
             problems += part(published)
         except (UserError, WeightsError) as problem:
@@ -53,3 +57,15 @@ def _check_labels(published: Published) -> list[str]:
     return [f"{run.folder}: its weights have another temperature or other class names: run python evaluate.py"
             for run in published.runs if run.weights.exists()
             and run.weights.read_bytes() != labeled_weights(run, published.results_dir)]
+
+
+def _check_corruptions(published: Published) -> list[str]:
+    """Repeat a sample of the predictions on corrupted images, where a run has any."""
+    problems = []
+    for run in (run for run in published.with_weights if (run.folder / FILE).exists()):
+        for name, count in differing(run, published.test, CORRUPTED_IMAGES).items():
+            total = CORRUPTED_IMAGES * STRENGTHS
+            if count > MAX_DIFFERING * total:
+                problems.append(f"{run.folder / FILE}: {count} of {total} predictions differ now for {name}: delete "
+                                f"the file and {MEASURE}")
+    return problems

@@ -5,6 +5,7 @@ Images are uint8 [N, 3, 32, 32], probabilities float64 [N, C], labels int64 [N],
 
 import math
 import re
+from itertools import cycle
 from typing import Any
 
 import numpy as np
@@ -239,6 +240,31 @@ def learning_curves_figure(curves: dict[str, list[dict[str, list[float]]]], accu
         label_ends(axes, [(at_end, f"{at_end:.0f}", BLUE), (accuracy[recipe], f"{accuracy[recipe]:.0f}", ORANGE)])
     figure.supxlabel("epoch (blue: training, one line per seed; orange: the test set, at the end)", fontsize=10)
     figure.supylabel("top-1 accuracy (%)", fontsize=10)
+    return figure
+
+
+def corruptions_figure(runs: dict[str, tuple[float, np.ndarray]], strengths: dict[str, tuple[str, tuple[float, ...]]],
+                       title: str):
+    """Accuracy against strength, one panel per corruption.
+
+    runs: by name, the accuracy on unchanged images and on corrupted ones, [corruptions, strengths], in percent;
+    strengths: by corruption, their meaning and their values, mildest first.
+    """
+    rows = -(-(len(strengths) + 1) // 3)  # the legend has a panel of its own
+    figure = new_figure(WIDTH, 2.3 * rows, title)
+    figure.supylabel("test accuracy (%)", fontsize=9)
+    *panels, last = figure.subplots(rows, 3, sharey=True).flat
+    for index, (corruption, (meaning, values)) in enumerate(strengths.items()):
+        axes = panels[index]
+        for (name, (clean, accuracy)), color, marker in zip(runs.items(), cycle(PALETTE), cycle(MARKERS)):
+            axes.plot(range(len(values) + 1), [clean, *accuracy[index]], marker + "-", color=color, ms=4, label=name)
+        axes.set(title=corruption, ylim=(0, None))
+        axes.set_xlabel(meaning, fontsize=8)
+        axes.set_xticks(range(len(values) + 1), ["none", *(f"{value:g}" for value in values)], fontsize=8)
+        axes.grid(alpha=0.3)
+    for axes in (*panels[len(strengths):], last):
+        axes.axis("off")
+    last.legend(*panels[0].get_legend_handles_labels(), loc="center", frameon=False)
     return figure
 
 

@@ -25,7 +25,7 @@ from common import devices
 from common.command_line import exit_status
 from common.plotting import save_figure
 from common.text import overfit_table
-from evaluation import blocks, figures, finished_runs, insights, publish
+from evaluation import blocks, corruptions, figures, finished_runs, insights, publish
 from evaluation.finished_runs import FinishedRun, TestSet, find_runs, named_run
 from evaluation.metrics import fit_temperature, measure, softmax
 from evaluation.tables import CITED, full_table, headline, short_table
@@ -272,6 +272,7 @@ def test_a_device_that_is_missing_is_an_error(
     ("--check", "mlp-s0"), ("--check", "--publish", "mlp-s0"), ("--nonsense",), ("--tta", "flip"),
     ("--tta", "flip", "--compare", "mlp-s0", "mlp-s0"), ("--compare", "mlp-s0"), ("--figures", "--report"),
     ("--wide", "--check"), ("--wide", "--figures"), ("--wide", "--compare", "mlp-s0", "mlp-s1"),
+    ("--wide", "--corruptions"), ("--check", "--corruptions"),
     ("--ensemble", "mlp-s0"), ("--ensemble", "mlp-s0", "mlp-s0"), ("--calibrate", "mlp-s0", "--publish", "mlp-s0")])
 def test_misuse_is_one_error_line(flags: tuple[str, ...], trained: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert evaluate_main(trained, *flags) == 2
@@ -405,6 +406,7 @@ def as_repository(root: Path) -> Iterator[Site]:
         patch.setattr(evaluate, "RESULTS_DIR", root / "results")
         patch.setattr(finished_runs, "load_test_set",
                       lambda data_dir, *, use_synthetic=False: load_test_set(data_dir, use_synthetic=True))
+        patch.setattr(corruptions, "PER_CLASS", 2)
         patch.setattr(publish, "load_cifar100", lambda data_dir: load_cifar100(data_dir, use_synthetic=True))
         yield Site(root)
 
@@ -440,6 +442,7 @@ def documented_template(
     root = tmp_path_factory.mktemp("documented")
     shutil.copytree(published_template, root, dirs_exist_ok=True)
     with as_repository(root) as site:
+        assert site.main("--corruptions", "published/mlp-s0", "--data-dir", str(root)) == 0
         shutil.copytree(site.published / "mlp-s0", site.published / "other-s0")
         edit_settings(site.published / "other-s0", recipe="other")
         (site.published / "overfit_batch" / "mlp").mkdir(parents=True)
@@ -807,7 +810,7 @@ def test_figures_show_published_runs(documented: Site, capsys: pytest.CaptureFix
     folder = documented.root / "docs" / "figures"
     assert run_names(folder) == sorted(f"{name}.png" for name in (
         "confusion", "classes", "confused", "mistakes", "reliability", "curves", "accuracy-flops",
-        "filters", "search"))
+        "filters", "search", "corruptions"))
     assert all(1000 < path.stat().st_size < 300_000 for path in folder.iterdir())
     assert {path.stem for path in folder.iterdir()} <= figures.CAPTIONS.keys()
 
@@ -1031,6 +1034,56 @@ def remove_predictions(site: Site) -> None:
 def replace_weights_and_edit_readme(site: Site) -> None:
     replace_weights(site)
     edit_readme(site)
+
+
+def edit_corruptions(run: Path, **changes: np.ndarray) -> None:
+    with np.load(run / "corruptions.npz") as file:
+        saved = dict(file)
+    np.savez_compressed(run / "corruptions.npz", **{**saved, **changes})
+
+
+def test_the_block_of_corruptions_follows_from_the_predictions(documented: Site, test_set: TestSet) -> None:
+    """Those of both recipes, on two images of each class; mlp-s1 has no weights."""
+    run = FinishedRun(documented.published / "mlp-s0", published=True)
+    chosen = corruptions.sample(test_set)
+    assert np.bincount(test_set.fine_labels[chosen]).tolist() == [2] * 100
+    with np.load(run.folder / "corruptions.npz") as file:
+        correct = file["predicted"] == test_set.fine_labels[chosen, None, None]
+        noise, pixels = (file["cells"].ravel().tolist().index(cell) for cell in ("noise 0.05", "pixelation 2"))
+    clean = (run.logits(test_set)[chosen].argmax(1) == test_set.fine_labels[chosen]).mean()
+    goals = correct.reshape(200, -1).mean(0)[[noise, pixels]]
+    numbers = [100 * number for number in (clean, *correct.mean((0, 2)), *goals)]
+    text = block(documented, "corruptions")
+    assert "on 200 test images" in text and "noise 0.01, 0.02, 0.05, 0.1, 0.2 (standard deviation)" in text
+    rows = [line.strip("| ").split(" | ") for line in text.splitlines() if line.startswith("| ")]
+    assert [row[0] for row in rows] == ["run", "mlp-s0", "other-s0"]
+    assert rows[1][1:] == [f"{number:.1f}" for number in numbers]
+
+
+def test_measuring_corruptions_renews_the_documents(documented: Site, capsys: pytest.CaptureFixture[str]) -> None:
+    whole = documented.document.read_text()
+    documented.document.write_text(whole.replace("| mlp-s0 |", "| nobody-s0 |"))
+    (documented.published / "other-s0" / "corruptions.npz").unlink()
+    assert documented.main("--check") == 1
+    assert "other-s0/corruptions.npz is missing: run python evaluate.py --corruptions" in capsys.readouterr().out
+    assert documented.main("--corruptions", "--data-dir", str(documented.root)) == 0
+    assert "up to date" in capsys.readouterr().out
+    assert documented.document.read_text() == whole and documented.main("--check") == 0
+
+
+@pytest.mark.parametrize(("changes", "reason"), [
+    ({"predicted": np.zeros((200, 8, 5), np.uint8)}, "predictions differ now for noise: delete the file"),
+    ({"predicted": np.zeros((100, 8, 5), np.uint8)}, "was made with other images or corruptions"),
+    ({"cells": np.full((8, 5), "noise 0.3")}, "was made with other images or corruptions"),
+    ({"weights_sha256": np.array("0" * 64)}, "was made with other weights"),
+])
+def test_corrupted_predictions_that_do_not_hold_fail_the_check(
+    changes: dict[str, np.ndarray], reason: str, documented: Site, capsys: pytest.CaptureFixture[str]
+) -> None:
+    edit_corruptions(documented.published / "mlp-s0", **changes)
+    assert documented.main("--check") == 1
+    lines = capsys.readouterr().out.splitlines()
+    assert any("mlp-s0/corruptions.npz" in line and reason in line for line in lines), lines
 
 
 def test_a_fresh_publication_passes_the_check(published: Site, capsys: pytest.CaptureFixture[str]) -> None:
