@@ -335,7 +335,7 @@ def draw_recipes(published: Published) -> dict[str, Any]:
             curves, accuracy, "Published runs, trained on all 50,000 training images"),
     }
     robust = {run.name: (corruptions.clean_accuracy(run, published.test), corruptions.accuracy(run, published.test))
-              for run in published.with_weights if (run.folder / corruptions.FILE).exists()}
+              for run in published.corrupted}
     if robust:
         drawn["corruptions"] = figures.corruptions_figure(
             robust, {name: (one.meaning, one.strengths) for name, one in corruptions.CORRUPTIONS.items()},

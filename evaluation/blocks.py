@@ -82,6 +82,11 @@ class Published:
         recipes = by_recipe(self.runs)
         return [run for row in reversed(self.rows) for run in recipes[row["recipe"]] if run.weights.exists()]
 
+    @property
+    def corrupted(self) -> list[FinishedRun]:
+        """Those that `--corruptions` has measured."""
+        return [run for run in self.with_weights if (run.folder / corruptions.FILE).exists()]
+
 
 # ---- The text of each block -----------------------------------------------------------------------------------------
 
@@ -155,7 +160,7 @@ def _compare(published: Published) -> str:
 def _corruptions(published: Published) -> str:
     heading = ["run", "unchanged", *corruptions.CORRUPTIONS, *corruptions.GOALS]
     lines = [f"| {' | '.join(heading)} |", "|---|" + "---:|" * (len(heading) - 1)]
-    for run in published.with_weights:
+    for run in published.corrupted:
         accuracy = dict(zip(corruptions.CORRUPTIONS, corruptions.accuracy(run, published.test), strict=True))
         goals = [accuracy[name][corruptions.CORRUPTIONS[name].strengths.index(strength)]
                  for name, strength in corruptions.GOALS.values()]
@@ -163,12 +168,14 @@ def _corruptions(published: Published) -> str:
                    *(strengths.mean() for strengths in accuracy.values()), *goals]
         lines.append(f"| {run.name} | {' | '.join(f'{number:.1f}' for number in numbers)} |")
     if len(lines) == 2:
-        raise UserError("no published run has weights, which corrupted images need")
+        raise UserError(f"no published run is measured on corrupted images: {corruptions.MEASURE}")
+    missing = [run.name for run in published.with_weights if run not in published.corrupted]
     strengths = [f"{name} {', '.join(f'{strength:g}' for strength in one.strengths)} ({one.meaning})"
                  for name, one in corruptions.CORRUPTIONS.items()]
     count = len(corruptions.sample(published.test))
     return "\n".join([f"Test accuracy (%) on {count:,} test images; for each corruption, the mean over five strengths.",
-                      "", *lines, "", f"Strengths: {'; '.join(strengths)}."])
+                      "", *lines, "", f"Strengths: {'; '.join(strengths)}.",
+                      *([f"Not measured yet: {', '.join(missing)}."] if missing else [])])
 
 
 def _squeeze(published: Published) -> str:

@@ -62,7 +62,7 @@ def _check_labels(published: Published) -> list[str]:
 def _check_corruptions(published: Published) -> list[str]:
     """Repeat a sample of the predictions on corrupted images, where a run has any."""
     problems = []
-    for run in (run for run in published.with_weights if (run.folder / FILE).exists()):
+    for run in published.corrupted:
         for name, count in differing(run, published.test, CORRUPTED_IMAGES).items():
             total = CORRUPTED_IMAGES * STRENGTHS
             if count > MAX_DIFFERING * total:

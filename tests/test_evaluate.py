@@ -1062,10 +1062,13 @@ def test_the_block_of_corruptions_follows_from_the_predictions(documented: Site,
 
 def test_measuring_corruptions_renews_the_documents(documented: Site, capsys: pytest.CaptureFixture[str]) -> None:
     whole = documented.document.read_text()
-    documented.document.write_text(whole.replace("| mlp-s0 |", "| nobody-s0 |"))
     (documented.published / "other-s0" / "corruptions.npz").unlink()
+    assert documented.main("--check") == 1 and documented.main() == 0
+    assert "Not measured yet: other-s0." in block(documented, "corruptions") and documented.main("--check") == 0
+    (documented.published / "mlp-s0" / "corruptions.npz").unlink()
+    capsys.readouterr()
     assert documented.main("--check") == 1
-    assert "other-s0/corruptions.npz is missing: run python evaluate.py --corruptions" in capsys.readouterr().out
+    assert "block corruptions: no published run is measured on corrupted images: run " in capsys.readouterr().out
     assert documented.main("--corruptions", "--data-dir", str(documented.root)) == 0
     assert "up to date" in capsys.readouterr().out
     assert documented.document.read_text() == whole and documented.main("--check") == 0
