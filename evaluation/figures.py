@@ -54,6 +54,8 @@ CAPTIONS = {
                  "not belong by its looks: dolphins and whales are among the fish.",
     "grad-cam": "Yellow is what spoke most for the prediction: on the thing itself it is a good sign, on the background "
                 "a warning.",
+    "corruptions": "A panel per corruption, stronger to the right. A line that falls at once is a network that lives on "
+                   "fine detail.",
     "search": "Most changes cost accuracy; the dark bars are the few that led to the best row.",
 }
 
