@@ -7,7 +7,7 @@ from typing import Any
 from common.files import read_json
 
 PUBLISHED = "published"  # the folder below results/ of runs that are committed
-CALIBRATION = "calibration"  # folder, below the published runs, of logits on the validation set
+CALIBRATION = "calibration"  # folder, below the published runs, of runs on 45,000 images
 RESERVED = (PUBLISHED, "data", "data-synthetic", "overfit_batch", "sanity_checks", "tune")  # other folders there
 WEIGHTS = "model.safetensors"
 CHECKPOINTS = ("checkpoint.safetensors", "checkpoint-previous.safetensors")

@@ -41,8 +41,9 @@ def publish(name: str, results_dir: Path, test: TestSet) -> Path:
 
 
 def publish_calibration(name: str, results_dir: Path, data_dir: str, device: str = "cpu") -> Path:
-    """Publish a finished run's logits on the 5,000 validation images, replacing older ones; returns the folder.
+    """Publish a finished run's curves and logits on the 5,000 validation images, replacing older ones.
 
+    Returns the folder.
     The run must have been trained on the other 45,000 images: on images it was trained on, a network is overconfident.
     Raises UserError for a run that must not be published.
     """
@@ -57,7 +58,8 @@ def publish_calibration(name: str, results_dir: Path, data_dir: str, device: str
     path, fine_labels = run.folder / "val_predictions.npz", val.fine_labels.numpy().astype(np.uint8)
     with replacing(path) as partial, open(partial, "wb") as file:
         np.savez_compressed(file, logits=logits.numpy().astype(np.float16), fine_labels=fine_labels)
-    return _copy(run.folder, ["config.json", path.name], results_dir / PUBLISHED / CALIBRATION / run.recipe)
+    return _copy(run.folder, ["config.json", "metrics.csv", "loss.png", path.name],
+                 results_dir / PUBLISHED / CALIBRATION / run.recipe)
 
 
 def read_calibration(run: FinishedRun, results_dir: Path) -> tuple[np.ndarray, np.ndarray] | None:

@@ -689,7 +689,7 @@ def test_a_damaged_list_of_near_duplicates_is_refused(
 def test_calibration_keeps_the_validation_logits(published: Site) -> None:
     assert published.main("--calibrate", "held-out") == 0
     folder = published.published / "calibration" / "mlp"
-    assert run_names(folder) == ["config.json", "val_predictions.npz"]
+    assert run_names(folder) == ["config.json", "loss.png", "metrics.csv", "val_predictions.npz"]
     _, val = load_cifar100("", use_synthetic=True)
     with np.load(folder / "val_predictions.npz") as file:
         assert file["logits"].dtype == np.float16 and file["fine_labels"].dtype == np.uint8
