@@ -1,20 +1,37 @@
-"""The single-batch check under other conditions: which loss ends at 4.2935 and oscillates every 150 steps?
+"""The single-batch check under other conditions: which loss oscillates every 150 epochs and ends at 4.2935?
 
-    python -m benchmarks.overfit_riddle            # a few minutes on two CPU cores; prints a Markdown table
+    python -m benchmarks.overfit_riddle                                    # tables of the published curves
+    python -m benchmarks.overfit_riddle --figure docs/figures/riddle.png   # and the figure
+    python -m benchmarks.overfit_riddle --folder new                       # train again: an hour on one core
 
-We change one thing at a time from the original's settings (Adam, 1e-4, batch 64, 1000 steps): the loss, the range of
-the inputs (normalized; in [0, 1], as from torchvision's ToTensor; 0 to 255), the optimizer and its learning rate, the
-widths, the seed. A spike is a stretch in which the loss is above three times its median over the 50 steps before it.
-Spikes are counted in the second half.
+A case is one training on one batch of 64 images. We start from the original's settings (Adam, 1e-4, 1000 epochs of
+one step) and vary its loss, the scale of its inputs (in [0, 1], as from torchvision's ToTensor; 0 to 255; normalized),
+its optimizer, its widths and its seed. Every case has one thread. Its curve is saved in overfit_riddle.npz when it is
+done; a case that is in there already is not trained again, so you can stop at any time and start again. At the end
+the tables are written next to it, as overfit_riddle.md (all cases) and overfit_riddle_shapes.md (a row per shape).
+
+A spike is a stretch in which the loss is more than MIN_HEIGHT above its level, the median of the WINDOW epochs before.
+Stretches whose peaks are less than APART epochs apart are one spike. Its height is that of its peak over the level
+before it, its period the distance to the next peak. A crossing is a step that takes the loss past 4.2935, in either
+direction; every curve that ends below has one on its way down. Spikes and the epochs near 4.2935 are counted in the
+second half.
 """
 
 import sys
+import zipfile
+from dataclasses import asdict, dataclass
+from itertools import groupby
+from pathlib import Path
+from statistics import mean, median
 from typing import Any
 
 import numpy as np
 import torch
 
-from common.command_line import Parser, exit_status
+from common.command_line import Parser, absolute_path, exit_status, png_path
+from common.errors import UserError
+from common.files import RESULTS_DIR, replacing, write_text
+from common.plotting import BLUE, GREEN, ORANGE, PINK, SKY, new_figure, save_figure
 from train_mlp import SCRIPT
 from training.hardware import prepare_device
 from training.loop import INPUT_SAMPLE
@@ -23,55 +40,207 @@ from training.overfit import memorize
 from training.settings import show
 from utils import Augmentation, Split, batches, default_data_dir, derived_seed, load_cifar100, to_float
 
-SCALES = {"normalized": 1.0, "[0, 1]": 1.0, "0 to 255": 255.0}
-ORIGINAL: dict[str, Any] = {"inputs": "[0, 1]", "optimizer": "adam", "lr": 1e-4, "widths": (512, 256, 128), "seed": 0}
-SUSPECTS = ("mse-index", "softmax-twice")
-CASES: list[dict[str, Any]] = [
-    *({**ORIGINAL, "loss": loss, "inputs": inputs} for inputs in SCALES for loss in LOSSES),
-    *({**ORIGINAL, "loss": loss, "optimizer": optimizer, "lr": lr} for loss in ("cross-entropy", *SUSPECTS)
-      for optimizer, lr in (("adam", 1e-5), ("adam", 1e-3), ("sgd", 1e-4), ("sgd", 1e-2))),
-    *({**ORIGINAL, "loss": loss, "widths": widths}
-      for loss in SUSPECTS for widths in ((128, 64, 32), (1024, 512, 256))),
-    *({**ORIGINAL, "loss": loss, "seed": seed} for loss in SUSPECTS for seed in (1, 2)),
+TARGET = 4.2935225  # the last training loss that the unfinished project reported
+MIN_HEIGHT = 0.25  # of a spike: the squared error of an output that is off by half a class and rounds to the wrong one
+WINDOW, APART = 50, 25  # epochs
+NEAR = 1.0  # a loss that differs from TARGET by less is near it
+SCALES = {"[0, 1]": 1.0, "0 to 255": 255.0, "normalized": 1.0}
+
+
+@dataclass(frozen=True)
+class Case:
+    """One training on one batch. The defaults are the original's settings, as far as they are known."""
+
+    loss: str = "mse-index"
+    widths: tuple[int, ...] = (512, 256, 128)
+    inputs: str = "[0, 1]"
+    optimizer: str = "adam"
+    lr: float = 1e-4
+    seed: int = 0
+
+    @property
+    def shape(self) -> str:
+        return show(self.widths).replace(",", "-")
+
+    @property
+    def condition(self) -> str:
+        """All but shape and seed, as a row of the tables begins."""
+        return f"{self.loss} | {self.inputs} | {self.optimizer} {self.lr:g}"
+
+    @property
+    def name(self) -> str:
+        return f"{self.condition} | {self.shape} | {self.seed}"
+
+
+PYRAMIDS = ((128, 64, 32), (256, 128, 64), (512, 256, 128), (1024, 512, 256), (1536, 768, 384), (2048, 1024, 512),
+            (3072, 1024, 256))
+CONSTANT = ((64, 64, 64), (256, 256, 256), (512, 512, 512), (1024, 1024, 1024))
+WIDE = (2048, 1024, 512)
+SEEDS = (0, 1, 2)
+CASES = [
+    *(Case(widths=widths, seed=seed) for widths in (*PYRAMIDS, *CONSTANT) for seed in SEEDS),
+    *(Case(widths=widths, seed=seed, inputs="0 to 255")
+      for widths in ((128, 64, 32), (512, 256, 128), (512, 512, 512), WIDE) for seed in SEEDS),
+    *(Case(inputs="normalized", seed=seed) for seed in SEEDS), Case(inputs="normalized", widths=WIDE),
+    *(Case(lr=lr, widths=widths) for widths in ((512, 256, 128), WIDE) for lr in (1e-5, 1e-3)),
+    *(Case(optimizer="sgd", lr=lr) for lr in (1e-4, 1e-2)),
+    *(Case("softmax-twice", widths, seed=seed) for widths in ((512, 256, 128), (1024, 512, 256)) for seed in SEEDS),
+    *(Case("softmax-twice", widths) for widths in ((128, 64, 32), WIDE)),
+    *(Case("softmax-twice", lr=lr) for lr in (1e-5, 1e-3)),
+    *(Case("cross-entropy", seed=seed) for seed in SEEDS), Case("cross-entropy", WIDE),
+    *(Case("cross-entropy", lr=lr) for lr in (1e-5, 1e-3)),
+    *(Case("mse-onehot", widths) for widths in ((512, 256, 128), WIDE)),
 ]
-WINDOW, FACTOR = 50, 3.0
 
 
-def spikes(curve: np.ndarray) -> list[int]:
-    """The steps at which a spike begins."""
-    before = np.lib.stride_tricks.sliding_window_view(curve, WINDOW)[:-1]
-    high = np.concatenate([np.zeros(WINDOW, dtype=bool), curve[WINDOW:] > FACTOR * np.median(before, axis=1)])
-    return list(np.flatnonzero(high[1:] & ~high[:-1]) + 1)
+@dataclass(frozen=True)
+class Curve:
+    """A case's loss before each step and after the last, float32 [epochs + 1], and how many images were memorized."""
+
+    losses: np.ndarray
+    memorized: int
+
+    @property
+    def half(self) -> int:
+        """The epoch at which the second half begins."""
+        return len(self.losses) // 2
+
+    def late_spikes(self) -> list["Spike"]:
+        return [spike for spike in spikes(self.losses) if spike.epoch >= self.half]
+
+    def epochs_near(self) -> int:
+        return int((abs(self.losses[self.half:] - TARGET) < NEAR).sum())
 
 
-def row(split: Split, loss: str, inputs: str, optimizer: str, lr: float, widths: tuple[int, ...], seed: int) -> str:
-    """One case as a row of the table."""
-    changes = {**SCRIPT.overfit, "optimizer": optimizer, "lr": lr, "widths": widths, "seed": seed}
-    settings = prepare_device(SCRIPT.recipe_settings("mlp", **changes, device="cpu"))
-    images, labels = next(batches(split, settings.batch_size, Augmentation(), seed=seed, epoch=0))
-    torch.manual_seed(derived_seed("init", seed))
-    model: Any = SCRIPT.build_model(settings, LOSSES[loss].num_outputs)
-    if inputs == "normalized":  # until it is fitted, the model's normalization does nothing
+@dataclass(frozen=True)
+class Spike:
+    """The epoch of its peak, the level before it and the height of its peak over that level."""
+
+    epoch: int
+    level: float
+    height: float
+
+
+def spikes(losses: np.ndarray) -> list[Spike]:
+    """The spikes of a curve, float [epochs], in order; none before epoch WINDOW, or if the loss is not finite."""
+    if not np.isfinite(losses).all() or len(losses) <= WINDOW:
+        return []
+    levels = np.median(np.lib.stride_tricks.sliding_window_view(losses, WINDOW)[:-1], axis=1)
+    high = np.flatnonzero(losses[WINDOW:] - levels > MIN_HEIGHT) + WINDOW
+    stretches = np.split(high, np.flatnonzero(np.diff(high) > 1) + 1)
+    found: list[Spike] = []
+    for stretch in filter(len, stretches):
+        peak = int(stretch[losses[stretch].argmax()])
+        level = float(levels[stretch[0] - WINDOW])
+        if found and peak - found[-1].epoch < APART:
+            level = found[-1].level
+            peak = max(peak, found.pop().epoch, key=losses.__getitem__)
+        found.append(Spike(peak, level, float(losses[peak]) - level))
+    return found
+
+
+def crossings(losses: np.ndarray, target: float = TARGET) -> int:
+    """The number of steps after which the loss is on the other side of `target`."""
+    above = losses > target
+    return int((above[1:] != above[:-1]).sum())
+
+
+# ---- Training and saving --------------------------------------------------------------------------------------------
+
+
+def train_case(split: Split, case: Case) -> Curve:
+    """Train a case on the first batch of its seed."""
+    changes = {name: value for name, value in asdict(case).items() if name not in ("loss", "inputs")}
+    settings = prepare_device(SCRIPT.recipe_settings("mlp", **{**SCRIPT.overfit, **changes}, device="cpu", threads=1))
+    images, labels = next(batches(split, settings.batch_size, Augmentation(), seed=case.seed, epoch=0))
+    torch.manual_seed(derived_seed("init", case.seed))
+    model: Any = SCRIPT.build_model(settings, LOSSES[case.loss].num_outputs)
+    if case.inputs == "normalized":  # until it is fitted, the model's normalization does nothing
         model.fit_inputs(to_float(split.images[:INPUT_SAMPLE]))
-    outcome = memorize(model, images * SCALES[inputs], labels, LOSSES[loss], settings, quiet=True)
-    curve = np.array(outcome.curve)
-    late = curve[len(curve) // 2:]
-    begins = [step for step in spikes(curve) if step >= len(curve) // 2] if np.isfinite(curve).all() else []
-    gap = f"{np.diff(begins).mean():.0f}" if len(begins) > 1 else "–"
-    losses = " | ".join(f"{value:.4g}" for value in (curve[-1], curve.min(), late.max()))
-    return (f"| {loss} | {inputs} | {optimizer} {lr:g} | {show(widths).replace(',', '-')} | {seed} | {losses} "
-            f"| {len(begins)} | {gap} | {outcome.memorized} |")
+    outcome = memorize(model, images * SCALES[case.inputs], labels, LOSSES[case.loss], settings, quiet=True)
+    return Curve(np.array(outcome.curve, dtype=np.float32), outcome.memorized)
+
+
+def load_curves(path: Path) -> dict[str, Curve]:
+    """The saved curves by the name of their case; none if there is no file. Raises UserError if it is damaged."""
+    if not path.exists():
+        return {}
+    try:
+        with np.load(path) as saved:
+            return {str(name): Curve(losses, int(memorized)) for name, losses, memorized
+                    in zip(saved["cases"], saved["losses"], saved["memorized"], strict=True)}
+    except (ValueError, KeyError, EOFError, zipfile.BadZipFile) as error:
+        raise UserError(f"{path} does not hold curves ({error}): move it away") from error
+
+
+def save_curves(path: Path, curves: dict[str, Curve]) -> None:
+    with replacing(path) as partial, partial.open("wb") as file:
+        np.savez_compressed(file, cases=np.array(list(curves)), losses=np.stack([c.losses for c in curves.values()]),
+                            memorized=np.array([c.memorized for c in curves.values()]))
+
+
+def measure(path: Path, data_dir: str) -> dict[str, Curve]:
+    """The curves of all cases: those that `path` lacks are trained, and each is saved there when it is done."""
+    curves = load_curves(path)
+    missing = [case for case in sorted(CASES, key=lambda case: case.seed) if case.name not in curves]
+    split = load_cifar100(data_dir)[0] if missing else None
+    for number, case in enumerate(missing, start=1):
+        print(f"training case {number} of {len(missing)}: {case.name}", file=sys.stderr, flush=True)
+        curve = train_case(split, case)
+        path.parent.mkdir(parents=True, exist_ok=True)
+        curves = {**load_curves(path), case.name: curve}  # another process may have saved some meanwhile
+        save_curves(path, curves)
+    return curves
+
+
+# ---- Tables and figure ----------------------------------------------------------------------------------------------
+
+
+def full_table(curves: dict[str, Curve]) -> str:
+    """A row per case, as Markdown."""
+    lines = ["| loss | inputs | optimizer | widths | seed | last | lowest | crossings of 4.2935 | epochs near it "
+             "| spikes: epoch (height) | memorized (of 64) |", "|---|---|---|---|---:|---:|---:|---:|---:|---|---:|"]
+    for case in CASES:
+        curve = curves[case.name]
+        late = ", ".join(f"{spike.epoch} ({spike.height:.2g})" for spike in curve.late_spikes()) or "none"
+        ends = " | ".join(f"{value:.4g}" for value in (curve.losses[-1], curve.losses.min()))
+        lines.append(f"| {case.name} | {ends} | {crossings(curve.losses)} | {curve.epochs_near()} | {late} "
+                     f"| {curve.memorized} |")
+    return "\n".join(lines)
+
+
+def shapes_table(curves: dict[str, Curve]) -> str:
+    """A row per shape of MSE against the class index at the original's rate, over its seeds, as Markdown."""
+    lines = ["| inputs | widths | last loss, by seed | crossings of 4.2935 | epochs near it | spikes "
+             "| height: median, highest | epochs between spikes: mean, longest |",
+             "|---|---|---|---|---|---|---|---|"]
+    cases = [case for case in CASES if case.condition == Case(inputs=case.inputs).condition]
+    for (inputs, shape), group in groupby(cases, lambda case: (case.inputs, case.shape)):
+        runs = [curves[case.name] for case in group]
+        late = [run.late_spikes() for run in runs]
+        heights = [spike.height for run in late for spike in run]
+        periods = [after.epoch - before.epoch for run in late for before, after in zip(run, run[1:], strict=False)]
+        lines.append(" | ".join([
+            f"| {inputs}", shape, "; ".join(f"{run.losses[-1]:.2g}" for run in runs),
+            "; ".join(str(crossings(run.losses)) for run in runs), "; ".join(str(run.epochs_near()) for run in runs),
+            "; ".join(str(len(run)) for run in late),
+            f"{median(heights):.2g}, {max(heights):.2g}" if heights else "–",
+            f"{mean(periods):.0f}, {max(periods)} |" if periods else "– |"]))
+    return "\n".join(lines)
 
 
 def main(argv: list[str] | None = None) -> int:
     parser = Parser(prog="python -m benchmarks.overfit_riddle", description=__doc__)
+    parser.add_argument("--folder", type=absolute_path, default=RESULTS_DIR / "published" / "benchmarks",
+                        help="where curves and tables are (default: results/published/benchmarks)")
+    parser.add_argument("--figure", type=png_path, metavar="FILE", help="draw the curves into this PNG file")
     parser.add_data_dir()
-    split, _ = load_cifar100(parser.parse_args(argv).data_dir or default_data_dir())
-    print("| loss | inputs | optimizer | widths | seed | last | lowest | highest in 2nd half | spikes in 2nd half "
-          "| steps between spikes | memorized (of 64) |", flush=True)
-    print("|---|---|---|---|---:|---:|---:|---:|---:|---:|---:|", flush=True)
-    for case in CASES:
-        print(row(split, **case), flush=True)
+    options = parser.parse_args(argv)
+    path = options.folder / "overfit_riddle.npz"
+    curves = measure(path, options.data_dir or default_data_dir())
+    for suffix, table in (("", full_table(curves)), ("_shapes", shapes_table(curves))):
+        write_text(path.with_name(f"{path.stem}{suffix}.md"), f"{table}\n")
+    print(shapes_table(curves))
     return 0
 
 

@@ -26,7 +26,7 @@ from torchvision.models import MobileNetV2
 
 import train_cnn
 import train_mlp
-from common.command_line import Parser, absolute_path, exit_status
+from common.command_line import Parser, exit_status, png_path
 from common.errors import UserError
 from common.files import RESULTS_DIR, read_json
 from common.plotting import save_figure
@@ -210,13 +210,11 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("--precision", choices=("auto", "float32", "bfloat16"), default="auto",
                         help="arithmetic of the training steps; on a CPU, auto takes the faster one")
     parser.add_argument("--device", choices=("auto", "cpu", "cuda", "mps"), default="auto", help="where to train")
-    parser.add_argument("--figure", type=absolute_path, metavar="FILE",
+    parser.add_argument("--figure", type=png_path, metavar="FILE",
                         help="draw accuracy against time into this PNG file")
     parser.add_data_dir()
     parser.add_synthetic()
     options = parser.parse_args(argv)
-    if options.figure and (options.figure.suffix != ".png" or not options.figure.parent.is_dir()):
-        raise UserError(f"--figure must name a .png file in an existing folder, not {options.figure}")
     split, _ = load_cifar100(options.data_dir or default_data_dir(), use_synthetic=options.synthetic)
     torch.manual_seed(0)
     everyone = contestants()

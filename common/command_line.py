@@ -89,6 +89,14 @@ def absolute_path(text: str) -> Path:
         raise UserError(f"{text!r} is relative to the current folder, which is gone: change to another one") from error
 
 
+def png_path(text: str) -> Path:
+    """The type of an argument that names a PNG file to write, in a folder that exists."""
+    path = absolute_path(text)
+    if path.suffix != ".png" or not path.parent.is_dir():
+        raise argparse.ArgumentTypeError(f"must name a .png file in an existing folder, not {path}")
+    return path
+
+
 def expanded_path(text: str) -> Path:
     """The type of an argument that names a file or folder for now, with `~` expanded."""
     try:
