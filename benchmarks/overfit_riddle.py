@@ -13,14 +13,14 @@ the tables are written next to it, as overfit_riddle.md (all cases) and overfit_
 A spike is a stretch in which the loss is more than MIN_HEIGHT above its level, the median of the WINDOW epochs before.
 Stretches whose peaks are less than APART epochs apart are one spike. Its height is that of its peak over the level
 before it, its period the distance to the next peak. A crossing is a step that takes the loss past 4.2935, in either
-direction; every curve that ends below has one on its way down. Spikes and the epochs near 4.2935 are counted in the
-second half.
+direction; every curve that ends below has one on its way down. An epoch is near 4.2935 if its loss differs from it by
+less than NEAR. Spikes and epochs are counted in the second half, which has 501 losses.
 """
 
+import itertools
 import sys
 import zipfile
 from dataclasses import asdict, dataclass
-from itertools import groupby
 from pathlib import Path
 from statistics import mean, median
 from typing import Any
@@ -31,7 +31,7 @@ import torch
 from common.command_line import Parser, absolute_path, exit_status, png_path
 from common.errors import UserError
 from common.files import RESULTS_DIR, replacing, write_text
-from common.plotting import BLUE, GREEN, ORANGE, PINK, SKY, new_figure, save_figure
+from common.plotting import BLUE, ORANGE, PINK, SKY, new_figure, save_figure
 from train_mlp import SCRIPT
 from training.hardware import prepare_device
 from training.loop import INPUT_SAMPLE
@@ -42,7 +42,8 @@ from utils import Augmentation, Split, batches, default_data_dir, derived_seed, 
 
 TARGET = 4.2935225  # the last training loss that the unfinished project reported
 MIN_HEIGHT = 0.25  # of a spike: the squared error of an output that is off by half a class and rounds to the wrong one
-WINDOW, APART = 50, 25  # epochs
+WINDOW, APART = 50, 40  # epochs
+FAILED = 1.0  # an MSE above this is that of a run that has not memorized its images: they are a class off
 NEAR = 1.0  # a loss that differs from TARGET by less is near it
 SCALES = {"[0, 1]": 1.0, "0 to 255": 255.0, "normalized": 1.0}
 
@@ -74,8 +75,8 @@ class Case:
 
 PYRAMIDS = ((128, 64, 32), (256, 128, 64), (512, 256, 128), (1024, 512, 256), (1536, 768, 384), (2048, 1024, 512),
             (3072, 1024, 256))
-CONSTANT = ((64, 64, 64), (256, 256, 256), (512, 512, 512), (1024, 1024, 1024))
-WIDE = (2048, 1024, 512)
+CONSTANT = ((64, 64, 64), (256, 256, 256), (512, 512, 512))
+WIDE = (1024, 512, 256)
 SEEDS = (0, 1, 2)
 CASES = [
     *(Case(widths=widths, seed=seed) for widths in (*PYRAMIDS, *CONSTANT) for seed in SEEDS),
@@ -84,8 +85,8 @@ CASES = [
     *(Case(inputs="normalized", seed=seed) for seed in SEEDS), Case(inputs="normalized", widths=WIDE),
     *(Case(lr=lr, widths=widths) for widths in ((512, 256, 128), WIDE) for lr in (1e-5, 1e-3)),
     *(Case(optimizer="sgd", lr=lr) for lr in (1e-4, 1e-2)),
-    *(Case("softmax-twice", widths, seed=seed) for widths in ((512, 256, 128), (1024, 512, 256)) for seed in SEEDS),
-    *(Case("softmax-twice", widths) for widths in ((128, 64, 32), WIDE)),
+    *(Case("softmax-twice", widths, seed=seed) for widths in ((512, 256, 128), WIDE) for seed in SEEDS),
+    Case("softmax-twice", (128, 64, 32)),
     *(Case("softmax-twice", lr=lr) for lr in (1e-5, 1e-3)),
     *(Case("cross-entropy", seed=seed) for seed in SEEDS), Case("cross-entropy", WIDE),
     *(Case("cross-entropy", lr=lr) for lr in (1e-5, 1e-3)),
@@ -107,6 +108,9 @@ class Curve:
 
     def late_spikes(self) -> list["Spike"]:
         return [spike for spike in spikes(self.losses) if spike.epoch >= self.half]
+
+    def epochs_failed(self) -> int:
+        return int((self.losses[self.half:] > FAILED).sum())
 
     def epochs_near(self) -> int:
         return int((abs(self.losses[self.half:] - TARGET) < NEAR).sum())
@@ -140,7 +144,9 @@ def spikes(losses: np.ndarray) -> list[Spike]:
 
 
 def crossings(losses: np.ndarray, target: float = TARGET) -> int:
-    """The number of steps after which the loss is on the other side of `target`."""
+    """The number of steps after which the loss is on the other side of `target`; 0 if it is not finite."""
+    if not np.isfinite(losses).all():
+        return 0
     above = losses > target
     return int((above[1:] != above[:-1]).sum())
 
@@ -183,11 +189,12 @@ def measure(path: Path, data_dir: str) -> dict[str, Curve]:
     """The curves of all cases: those that `path` lacks are trained, and each is saved there when it is done."""
     curves = load_curves(path)
     missing = [case for case in sorted(CASES, key=lambda case: case.seed) if case.name not in curves]
-    split = load_cifar100(data_dir)[0] if missing else None
+    if missing:
+        split, _ = load_cifar100(data_dir)
+        path.parent.mkdir(parents=True, exist_ok=True)
     for number, case in enumerate(missing, start=1):
         print(f"training case {number} of {len(missing)}: {case.name}", file=sys.stderr, flush=True)
         curve = train_case(split, case)
-        path.parent.mkdir(parents=True, exist_ok=True)
         curves = {**load_curves(path), case.name: curve}  # another process may have saved some meanwhile
         save_curves(path, curves)
     return curves
@@ -198,35 +205,82 @@ def measure(path: Path, data_dir: str) -> dict[str, Curve]:
 
 def full_table(curves: dict[str, Curve]) -> str:
     """A row per case, as Markdown."""
-    lines = ["| loss | inputs | optimizer | widths | seed | last | lowest | crossings of 4.2935 | epochs near it "
-             "| spikes: epoch (height) | memorized (of 64) |", "|---|---|---|---|---:|---:|---:|---:|---:|---|---:|"]
+    lines = ["| loss | inputs | optimizer | widths | seed | first loss | last | lowest | crossings of 4.2935 "
+             "| epochs above 1 | epochs near 4.2935 | spikes: epoch (height) | memorized (of 64) |",
+             "|---|---|---|---|---:|---:|---:|---:|---:|---:|---:|---|---:|"]
     for case in CASES:
         curve = curves[case.name]
-        late = ", ".join(f"{spike.epoch} ({spike.height:.2g})" for spike in curve.late_spikes()) or "none"
-        ends = " | ".join(f"{value:.4g}" for value in (curve.losses[-1], curve.losses.min()))
-        lines.append(f"| {case.name} | {ends} | {crossings(curve.losses)} | {curve.epochs_near()} | {late} "
-                     f"| {curve.memorized} |")
+        late = ", ".join(f"{spike.epoch} ({_short(spike.height)})" for spike in curve.late_spikes()) or "none"
+        ends = " | ".join(f"{value:.4g}" for value in (curve.losses[0], curve.losses[-1], curve.losses.min()))
+        lines.append(f"| {case.name} | {ends} | {crossings(curve.losses)} | {curve.epochs_failed()} "
+                     f"| {curve.epochs_near()} | {late} | {curve.memorized} |")
     return "\n".join(lines)
 
 
 def shapes_table(curves: dict[str, Curve]) -> str:
     """A row per shape of MSE against the class index at the original's rate, over its seeds, as Markdown."""
-    lines = ["| inputs | widths | last loss, by seed | crossings of 4.2935 | epochs near it | spikes "
-             "| height: median, highest | epochs between spikes: mean, longest |",
-             "|---|---|---|---|---|---|---|---|"]
+    lines = ["| inputs | widths | last loss, by seed | crossings of 4.2935 | epochs above 1 | epochs near 4.2935 "
+             "| spikes | height: median, highest | epochs between spikes: mean, longest |",
+             "|---|---|---|---|---|---|---|---|---|"]
     cases = [case for case in CASES if case.condition == Case(inputs=case.inputs).condition]
-    for (inputs, shape), group in groupby(cases, lambda case: (case.inputs, case.shape)):
+    for (inputs, shape), group in itertools.groupby(cases, lambda case: (case.inputs, case.shape)):
         runs = [curves[case.name] for case in group]
         late = [run.late_spikes() for run in runs]
-        heights = [spike.height for run in late for spike in run]
-        periods = [after.epoch - before.epoch for run in late for before, after in zip(run, run[1:], strict=False)]
-        lines.append(" | ".join([
-            f"| {inputs}", shape, "; ".join(f"{run.losses[-1]:.2g}" for run in runs),
-            "; ".join(str(crossings(run.losses)) for run in runs), "; ".join(str(run.epochs_near()) for run in runs),
-            "; ".join(str(len(run)) for run in late),
-            f"{median(heights):.2g}, {max(heights):.2g}" if heights else "–",
-            f"{mean(periods):.0f}, {max(periods)} |" if periods else "– |"]))
+        heights = [spike.height for found in late for spike in found]
+        periods = [after.epoch - before.epoch for found in late for before, after in itertools.pairwise(found)]
+        by_seed = [[_short(float(run.losses[-1])), crossings(run.losses), run.epochs_failed(), run.epochs_near(),
+                    len(found)] for run, found in zip(runs, late, strict=True)]
+        columns = ["; ".join(map(str, values)) for values in zip(*by_seed, strict=True)]
+        columns.append(f"{_short(median(heights))}, {_short(max(heights))}" if heights else "–")
+        columns.append(f"{mean(periods):.0f}, {max(periods)}" if periods else "–")
+        lines.append(f"| {inputs} | {shape} | {' | '.join(columns)} |")
     return "\n".join(lines)
+
+
+def _short(value: float) -> str:
+    """Two digits, and no exponent for a large number."""
+    return f"{value:.2g}" if value < 10 else f"{value:.0f}"
+
+
+SHOWN = (  # in the figure: case, color, label
+    (Case(widths=(2048, 1024, 512)), ORANGE, "MSE on the class index, 2048-1024-512"),
+    (Case(), SKY, "MSE on the class index, 512-256-128"),
+    (Case("softmax-twice"), PINK, "softmax applied twice, 512-256-128"),
+    (Case("cross-entropy"), BLUE, "cross-entropy, 512-256-128"),
+)
+
+
+def riddle_figure(curves: dict[str, Curve]) -> Any:
+    """The candidates' curves, linear around 4.29 and logarithmic, with the spikes of the first, as a Figure."""
+    figure = new_figure(7, 7.6, "Which loss oscillates, and ends at 4.2935?")
+    linear, logarithmic = figure.subplots(2, sharex=True)
+    for axes in (linear, logarithmic):
+        for case, color, label in SHOWN:
+            axes.plot(curves[case.name].losses, color=color, lw=1.1, label=label)
+        axes.axhline(TARGET, color="black", lw=1, ls="--", label="4.2935, the loss that was reported")
+        axes.grid(alpha=0.3)
+    linear.set(ylim=(0, 2 * TARGET), ylabel="loss (linear)", xlim=(0, len(curves[CASES[0].name].losses) - 1))
+    logarithmic.set(yscale="log", ylim=(1e-4, 1e6), ylabel="loss (logarithmic)",
+                    xlabel="epoch (one step on the same 64 images)")
+    _mark_spikes(linear, logarithmic, spikes(curves[SHOWN[0][0].name].losses))
+    figure.legend(*linear.get_legend_handles_labels(), loc="outside lower center", ncols=1, frameon=False)
+    return figure
+
+
+def _mark_spikes(linear: Any, logarithmic: Any, found: list[Spike]) -> None:
+    """A triangle and the height above each spike, and between two of them their distance in epochs."""
+    for spike in found:
+        peak = spike.level + spike.height
+        linear.plot(spike.epoch, min(peak, 1.93 * TARGET), marker="v", color="black", ms=5)
+        logarithmic.plot(spike.epoch, 2 * peak, marker="v", color="black", ms=5)
+        logarithmic.annotate(f"{spike.height:.1f}", (spike.epoch, 3.5 * peak), ha="center")
+    for before, after in itertools.pairwise(found):
+        logarithmic.annotate("", (before.epoch, 2e4), (after.epoch, 2e4), arrowprops={"arrowstyle": "<->"})
+        logarithmic.annotate(f"{after.epoch - before.epoch}", ((before.epoch + after.epoch) / 2, 3e4), ha="center")
+    if found:
+        logarithmic.annotate("epochs from spike to spike: ", (found[0].epoch, 2e4), ha="right", va="center")
+        logarithmic.annotate("height of each: ", (found[0].epoch - 20, 3.5 * (found[0].level + found[0].height)),
+                             ha="right")
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -241,6 +295,8 @@ def main(argv: list[str] | None = None) -> int:
     for suffix, table in (("", full_table(curves)), ("_shapes", shapes_table(curves))):
         write_text(path.with_name(f"{path.stem}{suffix}.md"), f"{table}\n")
     print(shapes_table(curves))
+    if options.figure:
+        save_figure(riddle_figure(curves), options.figure)
     return 0
 
 

@@ -244,6 +244,7 @@ BLOCKS: dict[str, Callable[[Published], str]] = {
     "prediction": _prediction,
     "cost": _printed("time_to_accuracy.md"),
     "riddle": _printed("overfit_riddle.md"),
+    "riddle-shapes": _printed("overfit_riddle_shapes.md"),
     "resources": _printed("cost.md"),
     "scaling": _printed("scaling.md"),
 }

@@ -228,7 +228,7 @@ def without_work(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(torch, "set_num_threads", lambda count: None)
     for name in ("tools.tune.train", "tools.sanity_checks.make_subject", "torch.onnx.export", "benchmarks.cost.measure",
                  "benchmarks.cost.measured_alone", "benchmarks.loader.median_speeds",
-                 "benchmarks.scaling.machine_facts", "benchmarks.overfit_riddle.row",
+                 "benchmarks.scaling.machine_facts", "benchmarks.overfit_riddle.train_case",
                  "benchmarks.time_to_accuracy.contestants"):
         monkeypatch.setattr(name, begin)
 
@@ -354,6 +354,7 @@ def test_any_settings_train_or_are_refused(command: str, examples: int, small_wo
     ("benchmarks/time_to_accuracy.py", ("--figure", "README.md"), "--figure"),  # was replaced
     ("benchmarks/time_to_accuracy.py", ("--figure", "/dev/null"), "--figure"),
     ("benchmarks/time_to_accuracy.py", ("--figure", "missing/a.png"), "--figure"),  # after minutes
+    ("benchmarks/overfit_riddle.py", ("--figure", "README.md"), "--figure"),
 ])
 def test_a_former_traceback_or_silent_mistake_is_refused(
     command: str, argv: tuple[str, ...], message: str, small_world: Path, tmp_path: Path
