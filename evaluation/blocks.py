@@ -245,6 +245,7 @@ BLOCKS: dict[str, Callable[[Published], str]] = {
     "cost": _printed("time_to_accuracy.md"),
     "riddle": _printed("overfit_riddle.md"),
     "riddle-shapes": _printed("overfit_riddle_shapes.md"),
+    "riddle-odds": _printed("overfit_riddle_odds.md"),
     "resources": _printed("cost.md"),
     "scaling": _printed("scaling.md"),
 }

@@ -98,5 +98,5 @@ def test_a_file_that_holds_no_curves_is_left_alone(two_cases: list[Case], tmp_pa
 def test_the_published_tables_follow_from_the_curves() -> None:
     curves = riddle.load_curves(SAVED)
     assert set(curves) == {case.name for case in riddle.CASES}
-    for suffix, table in (("", riddle.full_table), ("_shapes", riddle.shapes_table)):
+    for suffix, table in (("", riddle.full_table), ("_shapes", riddle.shapes_table), ("_odds", riddle.odds)):
         assert SAVED.with_name(f"overfit_riddle{suffix}.md").read_text(encoding="utf-8") == f"{table(curves)}\n"
