@@ -1,4 +1,4 @@
-"""Cost of each recipe on this machine: peak memory and training images per second.
+"""Cost of each recipe on this machine: peak memory, training images per second, and the optimizer's share of the time.
 
     python -m benchmarks.cost                    # all recipes, each in its own process
     python -m benchmarks.cost --recipe strong    # one recipe, in this process, as one line of JSON
@@ -15,11 +15,13 @@ import math
 import subprocess
 import sys
 import tempfile
+import time
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import torch
+from torch.optim.optimizer import register_optimizer_step_post_hook, register_optimizer_step_pre_hook
 
 import train_cnn
 import train_mlp
@@ -42,37 +44,54 @@ MAX_CPU_MEMORY = 4 * 2**30  # bytes
 def measure(script: Script, recipe: str, data_dir: str, *, synthetic: bool) -> dict[str, Any]:
     """The cost of a recipe, as one row of the table."""
     settings = prepare_device(script.recipe_settings(recipe, synthetic=synthetic))
-    sides = list(dict.fromkeys(settings.side_in(epoch) for epoch in range(settings.epochs)))
+    course = [settings.side_in(epoch) for epoch in range(settings.epochs)]
+    sides = list(dict.fromkeys(course))
     train_split, val_split = load_cifar100(data_dir, use_synthetic=synthetic)
     short = replace(settings, epochs=EPOCHS_PER_SIDE * len(sides), checkpoint_every=0.1, refresh_norms=0)
     model = new_model(script, short, train_split)
     short, _ = choose_precision(model, train_split, short, ALONE)
     some = torch.arange(min(IMAGES, len(train_split)))
     seconds: dict[int | None, float] = {}
+    in_optimizer: dict[int | None, float] = {}
+    clock = 0.0
+
+    def start(*_: Any) -> None:
+        nonlocal clock
+        clock -= time.perf_counter()
+
+    def stop(*_: Any) -> None:
+        nonlocal clock
+        clock += time.perf_counter()
 
     def note(row: dict[str, Any], _: Any) -> None:  # a side's second epoch replaces its first
-        seconds[short.side_in(row["epoch"] - 1)] = row["seconds"]
+        nonlocal clock
+        side = short.side_in(row["epoch"] - 1)
+        seconds[side], in_optimizer[side], clock = row["seconds"], clock, 0.0
 
+    hooks = register_optimizer_step_pre_hook(start), register_optimizer_step_post_hook(stop)
     with (tempfile.TemporaryDirectory() as folder,
           RunFolder.create(Path(folder), short, None, script, processes=1) as run):
         result = train(model, train_split[some], val_split[some[:VALIDATION_IMAGES]], run, quiet=True,
                        after_epoch=note)
+    for hook in hooks:
+        hook.remove()
     return {"recipe": recipe, "parameters": result["parameters"], "batch_size": short.batch_size,
             "precision": short.precision, "device": short.device, "peak_memory_bytes": result["peak_memory_bytes"],
-            "images_per_second": {str(side or "any"): len(some) / seconds[side] for side in sides}}
+            "images_per_second": {str(side or "any"): len(some) / seconds[side] for side in sides},
+            "mean_images_per_second": len(some) * len(course) / sum(seconds[side] for side in course),
+            "optimizer_share": sum(in_optimizer[side] for side in course) / sum(seconds[side] for side in course)}
 
 
 def table(rows: list[dict[str, Any]]) -> str:
-    """The costs as a Markdown table. A recipe trains for equally many epochs at each of its sides."""
-    lines = ["| recipe | parameters | batch | images/s, by side | images/s | peak memory (GiB) |",
-             "|---|---:|---:|---|---:|---:|"]
+    """The costs as a Markdown table."""
+    lines = ["| recipe | parameters | batch | images/s, by side | images/s | optimizer (% of time) | peak GiB |",
+             "|---|---:|---:|---|---:|---:|---:|"]
     for row in rows:
         speeds = row["images_per_second"]
-        mean = len(speeds) / sum(1 / speed for speed in speeds.values())
         by_side = ", ".join(f"{speed:,.0f} at {side}" for side, speed in speeds.items() if side != "any")
         memory = (row["peak_memory_bytes"] or math.nan) / 2**30  # NaN on a system that does not report it
         lines.append(f"| {row['recipe']} | {row['parameters'] / 1e6:.2f} M | {row['batch_size']} | {by_side} "
-                     f"| {mean:,.0f} | {memory:.2f} |")
+                     f"| {row['mean_images_per_second']:,.0f} | {100 * row['optimizer_share']:.0f} | {memory:.2f} |")
     return "\n".join(lines)
 
 
