@@ -328,7 +328,7 @@ def draw_recipes(published: Published) -> dict[str, Any]:
     path = published.results_dir / PUBLISHED / "benchmarks" / "time_to_accuracy.md"
     costs = path.read_text(encoding="utf-8", errors="replace") if path.exists() else ""
     timed = {"accuracy-time": figures.accuracy_time_figure(published.rows, costs)} \
-        if figures.measured_costs(costs) else {}
+        if costs else {}
     drawn = timed | {
         "accuracy-flops": figures.accuracy_flops_figure(published.rows, costs),
         "curves": figures.learning_curves_figure(

@@ -12,6 +12,7 @@ import numpy as np
 
 from common.plotting import BLUE, MARKERS, ORANGE, PALETTE, WIDTH, label_ends, new_figure
 from common.text import spaced
+from evaluation.costs import OURS, measured_costs
 from evaluation.metrics import Calibration
 
 EXTREMES = 10  # best and worst classes that are colored
@@ -27,8 +28,6 @@ MAX_CURVE_COLUMNS = 3  # of panels with learning curves
 PEOPLE = "people"
 ALIKE = 0.85  # correlation of two thumbnails, from which on a grid shows only one of the two images
 THUMBNAIL = 4  # pixels a side: few, so that a shifted or enlarged copy is found
-
-OURS, COST_COLUMNS = "--recipe ", 7  # in the table of `benchmarks.time_to_accuracy`: before our recipes' names
 
 # By file name: what to see. The documents have these sentences under the figures, and a test compares them.
 CAPTIONS = {
@@ -341,19 +340,6 @@ def accuracy_flops_figure(rows: list[dict[str, Any]], text: str):
     """The same against training FLOPs; `text` may be empty."""
     return accuracy_against(_costs_and_accuracies(rows, text, "flops"), "training FLOPs",
                             "Test accuracy against the arithmetic of the training")
-
-
-def measured_costs(text: str) -> list[dict[str, Any]]:
-    """The rows of the table in a text of `benchmarks.time_to_accuracy`, each with name, minutes, flops and accuracy.
-
-    The accuracy of a recipe that was not published then is None.
-    """
-    rows = [[cell.strip() for cell in line.strip("|").split("|")] for line in text.splitlines()]
-    return [{"name": name, "flops": float(flops),
-             "minutes": float(time.split()[0]) * (60 if time.endswith("h") else 1),
-             "accuracy": float(accuracy) if accuracy else None}
-            for name, _, flops, _, time, _, accuracy in (row for row in rows if len(row) == COST_COLUMNS)
-            if re.fullmatch(r"\d+\.?\d*e\d+ \d+\.?\d* (min|h) (\d+\.\d+)?", f"{flops} {time} {accuracy}")]
 
 
 def _costs_and_accuracies(

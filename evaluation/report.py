@@ -19,6 +19,7 @@ from common.files import ROOT, write_text
 from common.run_files import PUBLISHED
 from common.text import flops_text, spaced
 from evaluation.blocks import Published
+from evaluation.costs import OURS, measured_costs
 from evaluation.finished_runs import FinishedRun, TestSet, read_hashes
 from evaluation.metrics import coarse_of_fine, softmax
 from evaluation.tables import CITED, WITHOUT_DUPLICATES, headline, minutes
@@ -217,27 +218,13 @@ def cited_rows(results_dir: Path) -> list[dict[str, Any]]:
     rows = [{"name": cited["model"], "note": cited["source"],
              "cells": [(cited["top1"], float(cited["top1"])), *empty, *empty[:2]]} for cited in CITED]
     path = results_dir / PUBLISHED / "benchmarks" / "time_to_accuracy.md"
-    try:
-        for line in _markdown_table(path.read_text(encoding="utf-8")) if path.exists() else []:
-            accuracy, time, flops = (line.get(name, "") for name in (
-                "test accuracy (%)", "training time", "training FLOPs"))
-            if accuracy and not line["recipe"].startswith("--recipe "):
-                number, unit = time.split()
-                cost = float(number) * {"min": 1, "h": 60}[unit]
-                rows.append({"name": line["recipe"], "note": "accuracy of its authors, minutes timed by us",
-                             "cells": [(accuracy, float(accuracy)), *empty, (_minutes(cost), cost),
-                                       (flops, float(flops))]})
-    except (KeyError, ValueError) as error:
-        raise UserError(f"{path} has a damaged table: write it again with python -m benchmarks.time_to_accuracy"
-                        ) from error
+    for cost in measured_costs(path.read_text(encoding="utf-8")) if path.exists() else []:
+        if cost["accuracy"] is not None and not cost["name"].startswith(OURS):
+            rows.append({"name": cost["name"], "note": "accuracy of its authors, minutes timed by us",
+                         "cells": [(f"{cost['accuracy']:.1f}", cost["accuracy"]), *empty,
+                                   (_minutes(cost["minutes"]), cost["minutes"]),
+                                   (flops_text(cost["flops"]), cost["flops"])]})
     return [{"command": "", "cited": True, **row} for row in rows]
-
-
-def _markdown_table(text: str) -> list[dict[str, str]]:
-    """The rows of the Markdown table in a text, by the headings of its columns."""
-    heading, _, *rows = [[cell.strip() for cell in line.strip("|").split("|")] for line in text.splitlines()
-                         if line.startswith("|")] + [[], []]
-    return [dict(zip(heading, row, strict=True)) for row in rows if row]
 
 
 def _superclasses(test: TestSet) -> list[tuple[str, list[str]]]:

@@ -15,8 +15,6 @@ from models import WeightsError
 
 CITED = (
     {"model": "guessing", "top1": "1.0", "source": "one class in a hundred"},
-    {"model": "original author's CNN (their checkpoint)", "top1": "33.0",
-     "source": "measured on the same images; 99.8 on the training set"},
     {"model": "a human annotator", "top1": "59.8",
      "source": "on training images: CIFAR-100N, Wei et al. 2022, arXiv 2110.12088"},
 )

@@ -1,0 +1,28 @@
+"""The table of training costs that `benchmarks.time_to_accuracy` writes."""
+
+from typing import Any
+
+from common.errors import UserError
+
+OURS = "--recipe "  # before the names of our recipes
+
+
+def measured_costs(text: str) -> list[dict[str, Any]]:
+    """The rows of the table in a text, each with name, minutes, flops and accuracy.
+
+    The accuracy of a recipe that was not published then is None. Raises UserError if the table is damaged.
+    """
+    headings, _, *rows = [[cell.strip() for cell in line.strip("|").split("|")] for line in text.splitlines()
+                          if line.startswith("|")] + [[], []]
+    costs = []
+    try:
+        for row in filter(None, rows):
+            cells = dict(zip(headings, row, strict=True))
+            number, unit = cells["training time"].split()
+            costs.append({"name": cells["recipe"], "minutes": float(number) * {"min": 1, "h": 60}[unit],
+                          "flops": float(cells["training FLOPs"]),
+                          "accuracy": float(cells["test accuracy (%)"]) if cells["test accuracy (%)"] else None})
+    except (KeyError, ValueError) as error:
+        raise UserError("the table of training costs is damaged: write it again with "
+                        "python -m benchmarks.time_to_accuracy") from error
+    return costs
