@@ -42,6 +42,7 @@ from common.text import printable
 from evaluation import corruptions, figures, insights
 from evaluation.blocks import Published, calibrations, renew_blocks
 from evaluation.check import check
+from evaluation.costs import measured_costs
 from evaluation.finished_runs import FinishedRun, TestSet, find_runs, find_unfinished, named_run, not_finished
 from evaluation.metrics import (
     calibration,
@@ -327,13 +328,13 @@ def draw_recipes(published: Published) -> dict[str, Any]:
     accuracy = {row["recipe"]: row["top1"]["mean"] for row in published.rows}
     path = published.results_dir / PUBLISHED / "benchmarks" / "time_to_accuracy.md"
     costs = path.read_text(encoding="utf-8", errors="replace") if path.exists() else ""
-    timed = {"accuracy-time": figures.accuracy_time_figure(published.rows, costs)} \
-        if costs else {}
-    drawn = timed | {
+    drawn = {
         "accuracy-flops": figures.accuracy_flops_figure(published.rows, costs),
         "curves": figures.learning_curves_figure(
             curves, accuracy, "Published runs, trained on all 50,000 training images"),
     }
+    if measured_costs(costs):
+        drawn["accuracy-time"] = figures.accuracy_time_figure(published.rows, costs)
     robust = {run.name: (corruptions.clean_accuracy(run, published.test), corruptions.accuracy(run, published.test))
               for run in published.corrupted}
     if robust:
