@@ -116,6 +116,7 @@ def navier_model() -> nn.Module:
         return x + F.silu(group.widen_norm(group.widen(branch)))
 
     model = create_model("groupnet")
+    module: Any
     for module in model.modules():
         if isinstance(module, Conv3x3):
             module.forward = partial(nn.Conv2d.forward, module)
