@@ -116,12 +116,10 @@ def navier_model() -> nn.Module:
         return x + F.silu(group.widen_norm(group.widen(branch)))
 
     model = create_model("groupnet")
-    module: Any
+    forwards: dict[type, Callable[..., Tensor]] = {Conv3x3: nn.Conv2d.forward, Group: whole_maps}
     for module in model.modules():
-        if isinstance(module, Conv3x3):
-            module.forward = partial(nn.Conv2d.forward, module)
-        elif isinstance(module, Group):
-            module.forward = partial(whole_maps, module)
+        if type(module) in forwards:
+            vars(module)["forward"] = partial(forwards[type(module)], module)
     return model
 
 
