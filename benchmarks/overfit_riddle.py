@@ -168,7 +168,7 @@ def train_case(split: Split, case: Case) -> Curve:
 
 
 def load_curves(path: Path) -> dict[str, Curve]:
-    """The saved curves by the name of their case; none if there is no file. Raises UserError if it is damaged."""
+    """The saved curves by the name of their case; {} if `path` is missing. Raises UserError if it is damaged."""
     if not path.exists():
         return {}
     try:

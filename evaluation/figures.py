@@ -47,10 +47,9 @@ CAPTIONS = {
                  "the superclasses: they hold far more of the mistakes than chance would put there.",
     "reliability": "On the dotted diagonal, confidence equals accuracy. Above it a network is better than its "
                    "confidence suggests, below it worse; a fitted temperature brings the points closer to it.",
-    "filters": "Noise, as on the left, means undertrained; smooth waves, edges and patches of color, as on the right "
-               "of the MLP, mean learned.",
+    "filters": "Noise, as on the left, means undertrained; smooth waves, edges and patches of color mean learned.",
     "class-map": "Neighbors look alike to the network; a long line leads from a class to its superclass, where it does "
-                 "not belong by its looks: dolphins and whales are among the fish.",
+                 "not belong by its looks.",
     "grad-cam": "Yellow is what spoke most for the prediction: on the thing itself it is a good sign, on the "
                 "background a warning.",
     "corruptions": "A panel per corruption, stronger to the right. A line that falls at once is a network that lives "

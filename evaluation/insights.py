@@ -18,6 +18,7 @@ from torch import Tensor, nn
 
 from common.plotting import new_figure
 from common.text import spaced
+from evaluation.figures import PEOPLE
 from utils import compute_logits, to_float
 
 FILTERS, FILTER_COLUMNS = 24, 6  # of each layer: at most, and in a row
@@ -28,7 +29,7 @@ SIZE = 14  # points of text: readable on a phone, where the figure is 390 pixels
 MAP_SIZE = (8.8, 8.6)  # inches
 SLACK = 0.01  # inches that two names may come closer than their boxes allow
 EXAMPLES = 3  # right predictions, and as many wrong ones
-NOT_SHOWN = ("people", "fish")  # superclasses: nobody wants to find their face here, and anglers hold up their fish
+NOT_SHOWN = (PEOPLE, "fish")  # superclasses; anglers hold up their fish
 GOLDEN = (5**0.5 - 1) / 2  # multiples of it, modulo 1, are far apart: hues of many classes
 
 
