@@ -297,9 +297,9 @@ def draw_insights(shown: Published, run: FinishedRun, probabilities: np.ndarray,
     test = shown.test
     kinds: dict[Any, tuple[str, Any]] = {}
     for one in [run] if shown.alone else shown.ranked:
-        if one.weights.exists():
-            model = one.network(test)
-            kinds.setdefault(model.model_name, (one.name, model))
+        kind = one.settings.get("model", "mlp")
+        if one.weights.exists() and kind not in kinds:
+            kinds[kind] = one.name, one.network(test)
     title = f"{name}: its first layers" if shown.alone else "The first layers of each kind of network"
     drawn = {"filters": insights.filters_figure(dict(kinds.values()), title)} if kinds else {}
     if not run.weights.exists():
