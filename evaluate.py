@@ -28,7 +28,6 @@ import sys
 from collections.abc import Callable
 from functools import cache
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 
@@ -37,30 +36,19 @@ from common.devices import float32_device
 from common.errors import UserError, warn
 from common.files import RESULTS_DIR, ROOT, write_json
 from common.plotting import save_figure
-from common.run_files import PUBLISHED, find_run
+from common.run_files import find_run
 from common.text import printable
-from evaluation import corruptions, figures, insights
-from evaluation.blocks import Published, calibrations, renew_blocks
+from evaluation import corruptions
+from evaluation.blocks import Published, renew_blocks
 from evaluation.check import check
-from evaluation.costs import measured_costs
+from evaluation.drawing import draw
 from evaluation.finished_runs import FinishedRun, TestSet, find_runs, find_unfinished, named_run, not_finished
-from evaluation.metrics import (
-    calibration,
-    class_accuracy,
-    coarse_of_fine,
-    confident_mistakes,
-    confused_pairs,
-    confusion_matrix,
-    softmax,
-)
 from evaluation.publish import label_weights, publish, publish_calibration, publish_overfit
-from evaluation.searches import read_searches, waterfall_figure
-from evaluation.tables import by_recipe, comparison, ensemble_table, run_table
+from evaluation.tables import comparison, ensemble_table, run_table
 from utils import default_data_dir
 
 NEAR_DUPLICATES = Path("data") / "near_duplicates.csv"  # below results/; written by python -m tools.explore
 BEST = ""  # the default of --figures and --report: the published run of the best recipe
-PAIRS = 6  # of confused classes in their figure
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -245,104 +233,6 @@ def _write_report(shown: Published, run: FinishedRun, data_dir: str, results_dir
     cited = [] if run.synthetic else cited_rows(results_dir)
     write_report(shown, run, draw(shown, run), path, copies=copies, cited=cited)
     print(f"written: {path}")
-
-
-def draw(shown: Published, run: FinishedRun) -> dict[str, Any]:
-    """Every figure by file name: `run` in detail, then all published runs and the searches if it is one of them.
-
-    The reliability diagram shows the best calibrated recipe if `run` has no calibration.
-    """
-    test = shown.test
-    labels, names, classes = test.fine_labels, test.fine_names, len(test.fine_names)
-    images, probabilities = test.images.numpy(), softmax(run.logits(test))
-    predicted = probabilities.argmax(1)
-    confusion = confusion_matrix(predicted, labels, classes)
-    fit = figures.fit_to_show(test.coarse_labels, test.coarse_names)
-    mistakes = confident_mistakes(probabilities, labels, len(labels))
-    confused = confused_pairs(confusion_matrix(predicted[fit], labels[fit], classes), PAIRS, once=True)
-    name = f"{run.name} on SYNTHETIC IMAGES, not CIFAR-100" if run.synthetic else run.name
-
-    calibrated, found = run, {1.0: calibration(probabilities, labels)}
-    if not shown.alone:
-        calibrated = next((one for one in (run, *shown.ranked) if len(calibrations(shown, one)) > 1), run)
-        found = calibrations(shown, calibrated)
-    calibrated_name = name if calibrated is run else calibrated.name
-    variants = {"as trained" if temperature == 1 else f"temperature {temperature:.3f}": one
-                for temperature, one in found.items()}
-    drawn = {
-        "confusion": figures.confusion_figure(
-            confusion, coarse_of_fine(labels, test.coarse_labels, classes), test.coarse_names,
-            f"{name}: confusion matrix on the test set"),
-        "classes": figures.class_accuracy_figure(
-            class_accuracy(predicted, labels, classes), names, f"{name}: test accuracy by class"),
-        "confused": figures.confused_pairs_figure(
-            images, probabilities, labels, fit, confused, names, f"{name}: most frequent confusions"),
-        "mistakes": figures.mistakes_figure(
-            images, probabilities, labels, mistakes[fit[mistakes]], names, f"{name}: most confident mistakes"),
-        "reliability": figures.reliability_figure(variants, f"{calibrated_name}: reliability diagram"),
-    }
-    drawn |= draw_insights(shown, run, probabilities, name)
-    if not shown.alone:
-        drawn |= draw_recipes(shown) | draw_searches(ROOT / "docs" / "experiments.md")
-    for file, figure in drawn.items():
-        figure.caption = figures.CAPTIONS.get(file, "")
-    return drawn
-
-
-def draw_insights(shown: Published, run: FinishedRun, probabilities: np.ndarray, name: str) -> dict[str, Any]:
-    """A look inside `run`, called `name`, by file name. All these figures need weights, which not every run has.
-
-    The filters are those of the best run of each kind of network.
-    """
-    test = shown.test
-    kinds: dict[Any, tuple[str, Any]] = {}
-    for one in [run] if shown.alone else shown.ranked:
-        kind = one.settings.get("model", "mlp")
-        if one.weights.exists() and kind not in kinds:
-            kinds[kind] = one.name, one.network(test)
-    title = f"{name}: its first layers" if shown.alone else "The first layers of each kind of network"
-    drawn = {"filters": insights.filters_figure(dict(kinds.values()), title)} if kinds else {}
-    if not run.weights.exists():
-        return drawn
-    model, labels = run.network(test), test.fine_labels
-    coarse = coarse_of_fine(labels, test.coarse_labels, len(test.fine_names))
-    points = insights.class_map(insights.class_features(model, test.images, labels))
-    drawn["class-map"] = insights.map_figure(points, coarse, test.fine_names, test.coarse_names,
-                                             f"{name}: which classes look alike to the network")
-    if insights.is_convolutional(model):
-        chosen = insights.confident_examples(probabilities, labels, coarse, test.coarse_names)
-        drawn["grad-cam"] = insights.looks_figure(model, test.images, probabilities, labels, chosen, test.fine_names,
-                                                  f"{name}: what decided its prediction")
-    return drawn
-
-
-def draw_searches(path: Path) -> dict[str, Any]:
-    """The marked tables of a log of experiments as waterfalls, by file name."""
-    return {table: waterfall_figure(trials, f"{table}: what each change gave, from top to bottom")
-            for table, trials in read_searches(path).items() if trials}
-
-
-def draw_recipes(published: Published) -> dict[str, Any]:
-    """The figures of all published runs, by file name."""
-    curves = {recipe: [seed.curves() for seed in seeds] for recipe, seeds in by_recipe(published.runs).items()}
-    accuracy = {row["recipe"]: row["top1"]["mean"] for row in published.rows}
-    path = published.results_dir / PUBLISHED / "benchmarks" / "time_to_accuracy.md"
-    costs = path.read_text(encoding="utf-8", errors="replace") if path.exists() else ""
-    drawn = {
-        "accuracy-flops": figures.accuracy_flops_figure(published.rows, costs),
-        "curves": figures.learning_curves_figure(
-            curves, accuracy, "Published runs, trained on all 50,000 training images"),
-    }
-    if measured_costs(costs):
-        drawn["accuracy-time"] = figures.accuracy_time_figure(published.rows, costs)
-    robust = {run.name: (corruptions.clean_accuracy(run, published.test), corruptions.accuracy(run, published.test))
-              for run in published.corrupted}
-    if robust:
-        drawn["corruptions"] = figures.corruptions_figure(
-            robust, {name: (one.meaning, one.strengths) for name, one in corruptions.CORRUPTIONS.items()},
-            "Test accuracy on corrupted images")
-    return drawn
-
 
 if __name__ == "__main__":
     sys.exit(exit_status(main))

@@ -25,7 +25,6 @@ from evaluation.metrics import (
     average,
     calibration,
     class_accuracy,
-    coarse_of_fine,
     confused_pairs,
     confusion_matrix,
     softmax,
@@ -108,9 +107,8 @@ def _classes(published: Published) -> str:
                    for labels in (order[:-NAMED - 1:-1], order[:NAMED]))
     pairs = confused_pairs(confusion_matrix(predicted, test.fine_labels, len(names)), NAMED)
     confused = ", ".join(f"{names[label]} as {names[taken_for]} {times}" for label, taken_for, times in pairs)
-    superclass = coarse_of_fine(test.fine_labels, test.coarse_labels, len(names))
     errors = predicted != test.fine_labels
-    related = 100 * (superclass[predicted] == test.coarse_labels)[errors].mean()
+    related = 100 * (test.coarse_of_fine[predicted] == test.coarse_labels)[errors].mean()
     return (f"Best classes of `{run.name}` (accuracy in %): {best}. Worst classes: {worst}. Most frequent confusions "
             f"(per {len(test) // len(names)} images of the class): {confused}. The superclass is right in "
             f"{related:.0f}% of its errors; by chance it would be in 4 of 99.")

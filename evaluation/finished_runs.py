@@ -18,7 +18,7 @@ from common.errors import UserError
 from common.files import read_json, replacing, require_file
 from common.run_files import METRICS, PUBLISHED, find_run, is_published, is_run
 from common.text import printable
-from evaluation.metrics import average
+from evaluation.metrics import average, coarse_of_fine
 from models import labeled, load_model
 from utils import compute_logits, load_test_set
 
@@ -39,9 +39,9 @@ class TestSet:
     """The test set in the order of its images' hashes, the same for every distribution of the files.
 
     images: uint8 [N, 3, 32, 32], a tensor; hashes: uint64 [N], fine_labels and coarse_labels: int64 [N], arrays;
-    places: int64 [N], each image's place in the official files; distinct: bool [N], False for each image whose hash
-    is in the column `test_hash` of the CSV file `near_duplicates`; device: where networks compute their logits on these
-    images.
+    coarse_of_fine: int64 [C], each class's superclass; places: int64 [N], each image's place in the official files;
+    distinct: bool [N], False for each image whose hash is in the column `test_hash` of the CSV file `near_duplicates`;
+    device: where networks compute their logits on these images.
     """
 
     __test__ = False  # keeps pytest from collecting it as a test
@@ -56,6 +56,7 @@ class TestSet:
         self.images = split.images[order]
         self.fine_labels, self.coarse_labels = split.fine_labels[order].numpy(), split.coarse_labels[order].numpy()
         self.fine_names, self.coarse_names = split.fine_names, split.coarse_names
+        self.coarse_of_fine = coarse_of_fine(self.fine_labels, self.coarse_labels, len(self.fine_names))
         listed = read_hashes(near_duplicates, "test_hash") if near_duplicates and not synthetic else ()
         self.distinct = ~np.isin(self.hashes, listed)
 

@@ -21,7 +21,7 @@ from common.text import flops_text, spaced
 from evaluation.blocks import Published
 from evaluation.costs import OURS, measured_costs
 from evaluation.finished_runs import FinishedRun, TestSet, read_hashes
-from evaluation.metrics import coarse_of_fine, softmax
+from evaluation.metrics import softmax
 from evaluation.tables import CITED, WITHOUT_DUPLICATES, headline, minutes
 from utils import load_cifar100
 
@@ -82,7 +82,7 @@ def write_report(shown: Published, chosen: FinishedRun, figures: dict[str, Any],
         data={
             "names": [spaced(name) for name in test.fine_names],
             "superclasses": [spaced(name) for name in test.coarse_names],
-            "superclassOf": coarse_of_fine(test.fine_labels, test.coarse_labels, len(test.fine_names)).tolist(),
+            "superclassOf": test.coarse_of_fine.tolist(),
             "counts": counts.tolist(), "columns": SHEET_COLUMNS, "guesses": GUESSES,
             "places": test.places[by_class].tolist(),
             "copies": {place: spaced(copies[by_class[place]][1]) for place in copied},
