@@ -8,7 +8,7 @@ from common.errors import UserError
 from models import create_model
 from train_mlp import MLPSettings
 from training import loop
-from training.optimizers import Muon, all_groups, make_optimizers, orthogonalize, rate_factor
+from training.optimizers import Muon, NorMuon, all_groups, make_optimizers, orthogonalize, rate_factor
 from training.settings import Settings
 
 
@@ -60,8 +60,12 @@ def test_orthogonalize_does_not_depend_on_the_scale(factor: float) -> None:
     torch.testing.assert_close(orthogonalize(matrix * factor, 5), expected, atol=0.05, rtol=0)
 
 
-def test_a_zero_gradient_gives_a_zero_step() -> None:
-    assert torch.equal(orthogonalize(torch.zeros(4, 6), 5), torch.zeros(4, 6))
+@pytest.mark.parametrize("optimizer", [Muon, NorMuon])
+def test_a_zero_gradient_gives_a_zero_step(optimizer: type[Muon]) -> None:
+    weight = nn.Parameter(torch.ones(4, 6))
+    weight.grad = torch.zeros(4, 6)
+    optimizer([weight], lr=0.1).step()
+    assert torch.equal(weight, torch.ones(4, 6))
 
 
 def test_muon_takes_the_hidden_matrices_and_adamw_the_rest() -> None:

@@ -68,7 +68,7 @@ class NorMuon(Muon):
         squares = update.square().mean(1)
         mean = state.setdefault("row_squares", squares.clone()).lerp_(squares, 1 - ROW_BETA)
         even = update / (mean.sqrt()[:, None] + 1e-8)
-        return even * (update.norm() / even.norm())
+        return even * (update.norm() / even.norm().clamp(min=1e-8))
 
 
 def orthogonalize(matrix: Tensor, iterations: int) -> Tensor:
