@@ -226,8 +226,8 @@ def without_work(monkeypatch: pytest.MonkeyPatch) -> None:
         monkeypatch.setattr(module, "train", train_nothing)
     monkeypatch.setattr(overfit, "memorize", lambda *arguments, **options: outcome)
     monkeypatch.setattr(torch, "set_num_threads", lambda count: None)
-    for name in ("tools.tune.train", "tools.sanity_checks.make_subject", "torch.onnx.export", "benchmarks.cost.measure",
-                 "benchmarks.cost.measured_alone", "benchmarks.loader.median_speeds",
+    for name in ("tools.trial.train", "tools.tune.train", "tools.sanity_checks.make_subject", "torch.onnx.export",
+                 "benchmarks.cost.measure", "benchmarks.cost.measured_alone", "benchmarks.loader.median_speeds",
                  "benchmarks.scaling.machine_facts", "benchmarks.overfit_riddle.train_case",
                  "benchmarks.time_to_accuracy.contestants"):
         monkeypatch.setattr(name, begin)
