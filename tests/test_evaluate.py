@@ -25,7 +25,7 @@ from common import devices
 from common.command_line import exit_status
 from common.plotting import save_figure
 from common.text import overfit_table
-from evaluation import blocks, corruptions, drawing, figures, finished_runs, insights, publish
+from evaluation import all_figures, blocks, corruptions, figures, finished_runs, insights, publish
 from evaluation.finished_runs import FinishedRun, TestSet, find_runs, named_run
 from evaluation.metrics import fit_temperature, measure, softmax
 from evaluation.tables import CITED, full_table, headline, short_table
@@ -822,7 +822,7 @@ def test_figures_that_need_weights_are_of_the_run_that_is_named(documented: Site
                                TestSet("", synthetic=True))
     for name, expected in (("mlp-s0", {"filters", "class-map"}), ("mlp-s1", {"filters"})):
         run = named_run(f"published/{name}", documented.results)
-        drawn = drawing.draw_insights(shown, run, np.full((SYNTHETIC_IMAGES, 100), 0.01), name)
+        drawn = all_figures.draw_insights(shown, run, np.full((SYNTHETIC_IMAGES, 100), 0.01), name)
         assert drawn.keys() == expected
         assert [axes.get_title(loc="left") for axes in drawn["filters"].axes][1].startswith("mlp-s0, layer 1, trained")
 
