@@ -61,7 +61,8 @@ class Group(nn.Module):
         self.narrow, self.narrow_norm = _convolution(outputs, middle, pair[0]), Norm(middle)
         self.widen, self.widen_norm = _convolution(middle, outputs, pair[1]), Norm(outputs)
         for layer in (self.first, self.narrow, self.widen):  # each passes on its inputs as they are, before training
-            nn.init.dirac_(layer.weight[:layer.in_channels])
+            center = layer.kernel_size[0] // 2  # nn.init.dirac_ would loop over all filters that a hostile file claims
+            layer.weight.detach()[:layer.in_channels].zero_()[:, :, center, center].diagonal().fill_(1)
 
     def forward(self, x: Tensor) -> Tensor:
         size, odd = self.first.kernel_size[0], x.shape[2] % 2

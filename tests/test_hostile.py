@@ -296,7 +296,8 @@ def test_weights_with_a_header_that_does_not_fit_are_refused(header: Any, tmp_pa
     ("convnet", {**TINY_CONVNET, "side": 1000}),
     ("mlp", {"widths": [10**9]}), ("mlp", {"widths": [1] * 10**6}), ("mlp", {"side": 10**9}),
     ("resnet18", {"side": 10**9}),
-], ids=range(14))
+    ("groupnet", {"widths": [10**9] * 3, "inner": [2, 2, 2]}), ("groupnet", {"widths": [4, 4, 10**9]}),
+], ids=range(16))
 def test_a_gigantic_network_is_not_built(good: bytes, model: str, arguments: dict[str, Any], tmp_path: Path) -> None:
     refusal(tmp_path / "x.safetensors", describing(good, arguments, model))
 
