@@ -819,7 +819,7 @@ def test_figures_show_published_runs(documented: Site, capsys: pytest.CaptureFix
 def test_figures_that_need_weights_are_of_the_run_that_is_named(documented: Site) -> None:
     """The published mlp-s1 has none; its recipe's first seed, whose filters are shown, has."""
     shown = blocks.Published(documented.results, [run for run in find_runs(documented.results) if run.published],
-                               TestSet("", synthetic=True))
+                              TestSet("", synthetic=True))
     for name, expected in (("mlp-s0", {"filters", "class-map"}), ("mlp-s1", {"filters"})):
         run = named_run(f"published/{name}", documented.results)
         drawn = all_figures.draw_insights(shown, run, np.full((SYNTHETIC_IMAGES, 100), 0.01), name)

@@ -24,7 +24,7 @@ from training.loop import prepare, train
 from training.run_folder import NullRun
 from utils import add_noise, compute_logits, generator_for, load_cifar100, pixelate, to_float, validation_mask
 
-HELD_OUT = 5  # one image in so many
+HELD_OUT = 5  # one in five images of every class
 NOISE = 0.05  # standard deviation, for images in [0, 1]
 SCRIPT = replace(train_cnn.SCRIPT, file="tools.trial", description=__doc__)
 
@@ -34,8 +34,8 @@ def main(argv: list[str] | None = None) -> int:
     settings = options.settings
     if {"train_on_all", "tensorboard"} & options.given.keys() or options.overfit_batch or options.seeds[1:] or (
             options.name or options.resume or options.results_dir != RESULTS_DIR):
-        raise UserError("a trial has one seed, holds images out and writes no file: leave out --seeds, --train-on-all, "
-                        "--overfit-batch, --name, --resume, --results-dir and --tensorboard")
+        raise UserError("a trial has one seed and writes no file: leave out --seeds, --train-on-all, --overfit-batch, "
+                        "--name, --resume, --results-dir and --tensorboard")
     everything, _ = load_cifar100(settings.data_folder, train_on_all=True, use_synthetic=settings.synthetic)
     is_held_out = validation_mask(everything, len(everything) // len(everything.fine_names) // HELD_OUT)
     train_split, held_out = everything[~is_held_out], everything[is_held_out]
