@@ -45,7 +45,8 @@ COLORS = np.random.default_rng(0).integers(40, 216, (len(LABELS), 3), dtype=np.u
 TEST = TinyTestSet(
     images=torch.from_numpy(COLORS).view(-1, 3, 1, 1).expand(-1, 3, 32, 32).contiguous(),
     hashes=np.arange(len(LABELS), dtype=np.uint64), places=100 + np.arange(len(LABELS)),
-    fine_labels=LABELS, coarse_labels=np.array([0, 0, 1])[LABELS], distinct=np.arange(len(LABELS)) != 7,
+    fine_labels=LABELS, coarse_labels=np.array([0, 0, 1])[LABELS], coarse_of_fine=np.array([0, 0, 1, 1, 2, 2]),
+    distinct=np.arange(len(LABELS)) != 7,
     fine_names=CLASSES, coarse_names=("insects", "sea_animals", "trees"))
 COPY = np.array([250, 10, 20], dtype=np.uint8)  # the color of the training image that the third bee nearly repeats
 
