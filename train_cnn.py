@@ -4,7 +4,7 @@
     python train_cnn.py --recipe strong                 # another recipe; any flag overrides one of its settings
     python train_cnn.py --train-on-all --seeds 0,1,2    # the published runs, on all 50,000 training images
     python train_cnn.py --resume fast-s0                # continue an interrupted run from its last checkpoint
-    python train_cnn.py --overfit-batch                 # the single-batch check: a minute on two CPU cores
+    python train_cnn.py --overfit-batch                 # the single-batch check: a few minutes on two CPU cores
     python train_cnn.py --synthetic --epochs 3          # runs anywhere: nothing to download
     torchrun --nproc_per_node=2 train_cnn.py            # in two processes: one per GPU, or one per CPU core
 """
@@ -16,14 +16,13 @@ from typing import Any
 from torch import nn
 
 from common.command_line import exit_status
-from common.errors import UserError
 from models import create_model, default_arguments, list_models, models_with
 from training.distributed import join_processes
 from training.flags import parse_command_line
 from training.loop import prepare, train
 from training.overfit import overfit_batch
 from training.run_folder import create_run, resume_run
-from training.settings import Script, Settings, setting, show
+from training.settings import Script, Settings, setting
 from utils import load_cifar100
 
 # ---- Settings and recipes -------------------------------------------------------------------------------------------
@@ -36,29 +35,14 @@ class CNNSettings(Settings):
     A network gets each of these that it has an argument for; an empty one leaves it its own default.
     """
 
-    model: str = setting("convnet", "the network", choices=tuple(name for name in list_models() if name != "mlp"))
-    widths: tuple[int, ...] = setting((), "filters of each stage (default: the network's own)", low=1, high=4096,
+    model: str = setting("groupnet", "the network", choices=tuple(name for name in list_models() if name != "mlp"))
+    widths: tuple[int, ...] = setting((), "filters of each group (default: the network's own)", low=1, high=4096,
                                       needs={"model": models_with("widths")})
-    blocks: tuple[int, ...] = setting((), "residual blocks of each stage (default: the network's own)", low=1,
-                                      high=100, needs={"model": models_with("blocks")})
     inner: tuple[int, ...] = setting((), "filters inside the residual pair of each group (default: the network's own)",
                                      low=1, high=4096, needs={"model": models_with("inner")})
     sides: tuple[int, ...] = setting((32,), "sides, in pixels, that images are scaled to: each for an equal share of "
                                      "the epochs; the network keeps the last one", low=8, high=64,
                                      needs={"model": models_with("side")})
-
-    def __post_init__(self) -> None:
-        super().__post_init__()
-        if self.model != "convnet":
-            return
-        arguments = network_arguments(self)
-        widths, blocks = arguments["widths"], arguments["blocks"]
-        if len(widths) != len(blocks):
-            raise UserError(f"--widths and --blocks must each have one number per stage, not {show(widths)} "
-                            f"and {show(blocks)}")
-        if min(self.sides) <= 2 ** len(widths):
-            raise UserError(f"--sides must be above {2 ** len(widths)}, since each of {len(widths)} stages "
-                            f"halves the image, not {min(self.sides)}")
 
     def side_in(self, epoch: int) -> int:
         return self.sides[epoch * len(self.sides) // self.epochs]
@@ -66,14 +50,15 @@ class CNNSettings(Settings):
 
 # Chosen on held-out training images; the search is in docs/experiments.md.
 FAST: dict[str, Any] = dict(
-    epochs=9, sides=(16, 20, 32), batch_size=250,
-    optimizer="muon-sgd", lr=0.15, other_lr=0.03, momentum=0.6, warmup=0.1, label_smoothing=0.1,
-    alternate=True, crop=4, jitter=0.2,
+    epochs=9, sides=(20, 20, 20, 20, 20, 24, 24, 32, 32), batch_size=256,
+    optimizer="normuon-sgd", lr=0.12, other_lr=0.35, momentum=0.6, weight_decay=5e-4, warmup=0.25, label_smoothing=0.25,
+    alternate=True, crop=2, corrupt=0.03,
     refresh_norms=5000,
 )
 RECIPES: dict[str, dict[str, Any]] = {
     "fast": FAST,
-    "strong": {**FAST, "epochs": 12, "widths": (128, 256, 512), "blocks": (2, 2, 2)},
+    "strong": {**FAST, "epochs": 14, "sides": (20, 20, 20, 20, 24, 24, 24, 24, 32, 32, 32, 32, 32, 32),
+               "widths": (112, 352, 1024), "inner": (112, 256, 704), "crop": 3, "jitter": 0.2, "label_smoothing": 0.2},
     # The network and settings of the unfinished project that this one grew from.
     "original": dict(model="original_cnn", epochs=65, batch_size=32, optimizer="sgd", lr=2.5e-4, schedule="constant",
                      flip=False),
@@ -82,8 +67,8 @@ RECIPES: dict[str, dict[str, Any]] = {
 # The single-batch check repeats one unchanged batch: an epoch is one step.
 OVERFIT: dict[str, Any] = dict(
     epochs=100, batch_size=64, optimizer="adam", lr=1e-3, weight_decay=0.0, warmup=0.0, schedule="constant",
-    label_smoothing=0.0, flip=False, alternate=False, crop=0, jitter=0.0, mixup=0.0, refresh_norms=0,
-    precision="float32",
+    label_smoothing=0.0, flip=False, alternate=False, crop=0, jitter=0.0, corrupt=0.0, mixup=0.0,
+    refresh_norms=0, precision="float32",
 )
 
 

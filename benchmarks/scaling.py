@@ -22,7 +22,7 @@ from training.hardware import machine_facts
 IMAGES, EPOCHS = 5_000, 3
 CORES = os.cpu_count() or 1
 BATCHES = (50, 125, 250, 500, 1000)
-WIDTHS = ("32,96,192", "64,192,384", "128,384,768")  # half and twice the recipe's
+WIDTHS = ("32,128,384", "64,256,768", "128,512,1536")  # half and twice the recipe's
 SIDES = (16, 32)
 
 

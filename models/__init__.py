@@ -26,7 +26,6 @@ from torch.nn.modules.module import register_module_parameter_registration_hook
 
 _PLACES = {  # by name, its module and the class or function in that
     "mlp": "mlp:MLP",
-    "convnet": "convnet:ConvNet",
     "groupnet": "groupnet:GroupNet",
     "original_cnn": "original:OriginalCNN",
     "resnet18": "resnet:resnet18",

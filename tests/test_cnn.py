@@ -36,15 +36,14 @@ from tests.helpers import (
 from train_cnn import CNNSettings
 from training import loop, run_folder
 from training.optimizers import Muon, NorMuon, make_optimizers
-from training.settings import Settings
 from utils import load_cifar100, to_float
 
-SMALL_ARGUMENTS = {"widths": (32, 40, 36), "blocks": (1, 2, 1), "inner": (8, 16, 24), "side": 24}
-SMALL_CONVNET = ("--widths", "8,8,12", "--blocks", "1,2,1", "--epochs", "3", "--sides", "16,18,20",
-                 "--batch-size", "100")
+SMALL_ARGUMENTS = {"widths": (32, 40, 36), "inner": (8, 16, 24), "side": 24}
+SMALL_GROUPNET = ("--widths", "8,8,12", "--inner", "8,8,8", "--epochs", "3", "--sides", "16,18,20",
+                  "--batch-size", "100")
 SMALL = {  # flags that make each recipe small
-    "fast": SMALL_CONVNET,
-    "strong": SMALL_CONVNET,
+    "fast": SMALL_GROUPNET,
+    "strong": SMALL_GROUPNET,
     "original": ("--epochs", "2", "--batch-size", "50"),
 }
 
@@ -74,7 +73,7 @@ def run_cnn(results_dir: Path, *flags: str) -> int:
 
 
 def train_small(results_dir: Path, *flags: str) -> int:
-    return run_cnn(results_dir, "--synthetic", *MACHINE, *SMALL_CONVNET, *flags)
+    return run_cnn(results_dir, "--synthetic", *MACHINE, *SMALL_GROUPNET, *flags)
 
 
 def small_model(name: str, **arguments: Any) -> nn.Module:
@@ -96,9 +95,6 @@ def test_every_trained_parameter_has_a_gradient(name: str, images: Tensor) -> No
     torch.manual_seed(0)
     model = small_model(name)
     model.fit_inputs(images)
-    for module in model.modules():  # a gate starts at zero, which blocks the gradients below it
-        if isinstance(module, nn.Linear):
-            nn.init.normal_(module.weight, std=0.1)
     logits = model(images)
     assert logits.shape == (7, 100)
     F.cross_entropy(logits, torch.arange(7)).backward()
@@ -129,21 +125,21 @@ def test_every_network_can_be_trained_and_kept(name: str, images: Tensor, tmp_pa
                                atol=0.05, rtol=0.05)
 
 
-@pytest.mark.parametrize("model", ["convnet", "original_cnn", "resnet18"])
+@pytest.mark.parametrize("model", ["groupnet", "original_cnn", "resnet18"])
 def test_a_network_gets_the_settings_that_it_has_arguments_for(model: str) -> None:
-    plain, changed = CNNSettings(model=model), CNNSettings(model=model, widths=(8, 9), blocks=(2, 3), sides=(16, 20))
+    plain, changed = CNNSettings(model=model), CNNSettings(model=model, widths=(8, 9), inner=(2, 3), sides=(16, 20))
     arguments = train_cnn.network_arguments(changed)
     assert arguments.keys() == default_arguments(model).keys()
     assert train_cnn.network_arguments(plain) == default_arguments(model)
-    expected = {"widths": (8, 9), "blocks": (2, 3), "side": 20, "num_classes": 100}
+    expected = {"widths": (8, 9), "inner": (2, 3), "side": 20, "num_classes": 100}
     assert arguments == {name: expected[name] for name in arguments}
 
 
 def test_a_network_gets_no_setting_of_the_optimizer(monkeypatch: pytest.MonkeyPatch) -> None:
     """Even if it has an argument of that name."""
-    monkeypatch.setitem(models._MODELS, "convnet", lambda momentum=0.1, lr=3, widths=(5,), blocks=(1,): None)
+    monkeypatch.setitem(models._MODELS, "groupnet", lambda momentum=0.1, lr=3, widths=(5,), inner=(1,): None)
     arguments = train_cnn.network_arguments(CNNSettings(momentum=0.9, lr=1.0, widths=(6,)))
-    assert arguments == {"momentum": 0.1, "lr": 3, "widths": (6,), "blocks": (1,)}
+    assert arguments == {"momentum": 0.1, "lr": 3, "widths": (6,), "inner": (1,)}
 
 
 @pytest.mark.parametrize(("name", "parameters"), [("resnet18", 11_220_132), ("original_cnn", 913_924)])
@@ -151,11 +147,12 @@ def test_reference_networks_have_their_known_size(name: str, parameters: int) ->
     assert sum(p.numel() for p in create_model(name).parameters()) == parameters
 
 
-@pytest.mark.parametrize(("name", "lengths"), [("convnet", {"blocks": (2, 2)}), ("groupnet", {"inner": (2, 2)})])
-def test_impossible_arguments_are_refused_in_one_line(name: str, lengths: dict[str, Any]) -> None:
+@pytest.mark.parametrize("lengths", [{"widths": (8,)}, {"inner": (2, 2)}, {"widths": (8, 8), "inner": (2, 2)},
+                                     {"widths": (8, 8, 8, 8), "inner": (2, 2, 2, 2)}])
+def test_impossible_arguments_are_refused_in_one_line(lengths: dict[str, Any]) -> None:
     with pytest.raises(WeightsError) as refusal:
-        create_model(name, widths=(8,), **lengths)
-    assert "\n" not in str(refusal.value) and "number" in str(refusal.value)
+        create_model("groupnet", **lengths)
+    assert "\n" not in str(refusal.value) and "widths and inner must each have 3 numbers" in str(refusal.value)
 
 
 @pytest.mark.parametrize("side", [1, 2, 3, 4, 5])
@@ -216,10 +213,8 @@ def test_resizing_keeps_the_mean_and_can_be_changed(images: Tensor) -> None:
     assert model(images) is images
 
 
-def test_sides_that_a_network_cannot_take_are_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch,
-                                                      capsys: pytest.CaptureFixture[str]) -> None:
-    monkeypatch.setattr(CNNSettings, "__post_init__", Settings.__post_init__)  # which knows the limit of the convnet
-    assert train_small(tmp_path, "--widths", "8,8,8,8", "--blocks", "1,1,1,1", "--sides", "8,32") == 2
+def test_sides_that_a_network_cannot_take_are_refused(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert train_small(tmp_path, "--sides", "8,32") == 2
     assert "the network cannot take images of 8 pixels" in error_line(capsys)
     assert list(tmp_path.iterdir()) == []
 
@@ -228,7 +223,7 @@ def test_sides_that_a_network_cannot_take_are_refused(tmp_path: Path, monkeypatc
 
 
 def test_muon_sgd_gives_filters_to_muon_and_the_rest_to_sgd() -> None:
-    model = small_model("convnet")
+    model = small_model("groupnet")
     muon, sgd = make_optimizers(model, CNNSettings(optimizer="muon-sgd", lr=0.2, other_lr=0.01, precision="float32"))
     taken = [p for group in muon.param_groups for p in group["params"]]
     left = [p for group in sgd.param_groups for p in group["params"]]
@@ -237,7 +232,7 @@ def test_muon_sgd_gives_filters_to_muon_and_the_rest_to_sgd() -> None:
     assert sorted(map(id, [*taken, *left])) == sorted(id(p) for p in model.parameters() if p.requires_grad)
     rates = {id(p): group["lr"] for group in sgd.param_groups for p in group["params"]}
     assert rates[id(model.head.weight)] == pytest.approx(0.04)
-    assert rates[id(model.norm.bias)] == pytest.approx(0.08)
+    assert rates[id(model.groups[0].norm.bias)] == pytest.approx(0.08)
 
 
 def test_normuon_moves_all_filters_at_similar_rates() -> None:
@@ -272,16 +267,17 @@ def test_fixed_norm_rotates_the_filters_by_the_rate() -> None:
 
 
 def test_the_cost_of_an_epoch_depends_on_its_resolution() -> None:
-    settings = CNNSettings(epochs=4, sides=(16, 24), widths=(8,), blocks=(1,))
+    settings = CNNSettings(epochs=4, sides=(24, 32), widths=(8, 12, 16), inner=(4, 6, 10))
     model = train_cnn.build_model(settings)
     per_epoch = loop.epoch_flops(model, 100, settings)
     forward = {}
-    for side in (16, 24):
-        pixels, halved = (side - 1) ** 2, ((side - 1) // 2) ** 2
-        gate, head = 2 * 8 * 1, 2 * 8 * 100
-        forward[side] = 2 * (pixels * (24 * 12 + 8 * 24 * 9) + halved * (8 * 8 * 9 + 24 * 8) + gate + head)
-    assert per_epoch == [300 * forward[side] for side in (16, 16, 24, 24)]
-    assert model.resize.side == 24
+    for side, taps in ((24, 16), (32, 49)):  # products of a weight and a pixel in the last two maps: 2 x 2 and 3 x 3
+        groups = [(side - 2) ** 2 * 24 * 8 * 9 + 2 * (side // 2 - 1) ** 2 * 8 * 4,
+                  (side // 2 - 2) ** 2 * 8 * 12 * 9 + (side // 4 - 1) ** 2 * 12 * 6 * (9 + 1),
+                  (side // 4 - 2) ** 2 * 12 * 16 * 4 + 2 * taps * 16 * 10]
+        forward[side] = 2 * ((side - 1) ** 2 * 24 * 12 + sum(groups) + 16 * 100)
+    assert per_epoch == [300 * forward[side] for side in (24, 24, 32, 32)]
+    assert model.resize.side == 32
 
 
 # ---- Runs -----------------------------------------------------------------------------------------------------------
@@ -292,36 +288,25 @@ def test_refreshed_norms_match_the_current_weights() -> None:
     torch.manual_seed(0)
     split, _ = load_cifar100("", use_synthetic=True)
     split = split[torch.arange(400)]
-    model = small_model("convnet")
-    images = to_float(split.images)
+    model = small_model("groupnet")
+    images, norm = to_float(split.images), model.groups[2].widen_norm
     model.fit_inputs(images)
     loop.refresh_norms(model, split, 0, seed=0)
-    assert torch.equal(model.norm.running_mean, torch.zeros(36))
+    assert torch.equal(norm.running_mean, torch.zeros(36))
     with torch.no_grad():
         model.train()(0.1 * images)  # other statistics, of which nothing may remain
     loop.refresh_norms(model, split, 400, seed=0)
     with torch.no_grad():
         expected, refreshed = model.train()(images), model.eval()(images)
     torch.testing.assert_close(refreshed, expected, atol=0.02, rtol=0.02)
-    assert model.norm.momentum == nn.BatchNorm2d(1).momentum
-
-
-def test_a_resumed_run_of_normuon_equals_a_whole_one(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    flags = ("--synthetic", *MACHINE, "--model", "groupnet", "--widths", "8,16,24", "--inner", "8,8,16", "--sides",
-             "16", "--optimizer", "normuon-sgd", "--corrupt", "0.3", "--epochs", "2", "--batch-size", "100")
-    assert run_cnn(tmp_path, *flags, "--name", "whole") == 0
-    with monkeypatch.context() as patch:
-        after_step(patch, 13, lambda: signal.raise_signal(signal.SIGTERM))
-        assert run_cnn(tmp_path, *flags, "--name", "stopped") == 128 + signal.SIGTERM
-    assert run_cnn(tmp_path, "--resume", "stopped", "--quiet") == 0
-    assert same_weights(tmp_path / "whole", tmp_path / "stopped")
+    assert norm.momentum == nn.BatchNorm2d(1).momentum
 
 
 @pytest.mark.parametrize("recipe", train_cnn.RECIPES)
 def test_every_recipe_trains_end_to_end(recipe: str, tmp_path: Path) -> None:
     assert run_cnn(tmp_path, "--synthetic", *MACHINE, "--recipe", recipe, *SMALL[recipe]) == 0
     run = tmp_path / f"{recipe}-s0"
-    model_name = train_cnn.RECIPES[recipe].get("model", "convnet")
+    model_name = train_cnn.RECIPES[recipe].get("model", "groupnet")
     assert read_json(run / "config.json")["settings"]["model"] == model_name
     first, *_, last = (float(row["train_loss"]) for row in metrics(run))
     assert last < first
@@ -350,7 +335,8 @@ def test_training_ends_by_refreshing_norms(tmp_path: Path) -> None:
     names = ("fast-s0", "fast-s0-2")
     running, refreshed = (load_model(tmp_path / name / "model.safetensors") for name in names)
     assert torch.equal(running.head.weight, refreshed.head.weight)
-    assert not torch.equal(running.norm.running_mean, refreshed.norm.running_mean)
+    one, other = (model.groups[0].norm.running_mean for model in (running, refreshed))
+    assert not torch.equal(one, other)
 
 
 @pytest.mark.parametrize("optimizer", ["muon-sgd", "normuon-sgd"])
@@ -397,7 +383,7 @@ def test_a_run_resumed_at_any_resolution_equals_a_whole_one(
 
 
 @pytest.mark.parametrize(("recipe", "flags"), [
-    ("fast", ("--widths", "24,24,24", "--sides", "20")),
+    ("fast", ("--widths", "24,24,24", "--inner", "16,16,16", "--sides", "20")),
     ("original", ()),
 ])
 def test_a_small_batch_is_memorized(recipe: str, flags: tuple[str, ...], tmp_path: Path) -> None:
@@ -409,10 +395,10 @@ def test_a_small_batch_is_memorized(recipe: str, flags: tuple[str, ...], tmp_pat
 
 @pytest.mark.parametrize(("flags", "named"), [
     (("--sides", "4"), "--sides"),
-    (("--widths", "8,8", "--blocks", "2"), "--blocks"),
-    (("--widths", "8,8,8,8,8", "--blocks", "1,1,1,1,1", "--sides", "16,32"), "--sides"),
+    (("--widths", "8,8"), "widths and inner must each have 3 numbers, one per group"),
+    (("--widths", "8,8,8", "--inner", "8"), "widths and inner must each have 3 numbers, one per group"),
     (("--model", "original_cnn", "--widths", "8"), "--widths has no effect with --model original_cnn"),
-    (("--model", "resnet18", "--blocks", "2"), "--blocks has no effect with --model resnet18"),
+    (("--model", "resnet18", "--inner", "2"), "--inner has no effect with --model resnet18"),
     (("--recipe", "nonsense"), "--recipe"),
 ])
 def test_misuse_is_one_error_line(

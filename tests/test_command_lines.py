@@ -46,12 +46,12 @@ FIELDS = {f.name: f for module in TRAINING.values() for f in dataclasses.fields(
 # A test that really trains adds these flags, and draws values from these instead of the whole range.
 HERE = ("--synthetic", "--device", "cpu", "--threads", "1", "--quiet")
 LIGHT = {"epochs": ("1", "2"), "batch_size": ("2", "7", "50", "50000"), "widths": ("1", "8", "4,4", "4,4,4", "8,1,3"),
-         "blocks": ("1", "1,1", "1,1,1", "1,2,1"), "sides": ("8", "9", "12,16", "16,8,17"), "threads": ("1",),
+         "inner": ("1", "4,4", "4,4,4", "8,1,3"), "sides": ("8", "9", "12,16", "16,8,17"), "threads": ("1",),
          "device": ("cpu",), "compile": ()}
 
 # All recipes have these instead of their own values.
 SMALL = {"train_mlp.py": dict(epochs=1, batch_size=50, widths=(8, 4)),
-         "train_cnn.py": dict(epochs=1, batch_size=50, widths=(4, 4, 4), blocks=(1, 1, 1), sides=(16,))}
+         "train_cnn.py": dict(epochs=1, batch_size=50, widths=(4, 4, 4), inner=(4, 4, 4), sides=(16,))}
 
 
 # ---- Command lines --------------------------------------------------------------------------------------------------
@@ -346,7 +346,7 @@ def test_any_settings_train_or_are_refused(command: str, examples: int, small_wo
     ("train_mlp.py", ("--alternate", "--no-flip"), "--alternate has no effect with --no-flip"),
     ("train_cnn.py", ("--model", "resnet18", "--widths", "8,8"), "--widths has no effect with --model resnet18"),
     ("train_cnn.py", ("--model", "original_cnn", "--sides", "16"), "--sides has no effect with --model original_cnn"),
-    ("train_cnn.py", ("--widths", "8,8"), "--widths and --blocks"),
+    ("train_cnn.py", ("--synthetic", "--widths", "8,8"), "widths and inner must each have 3 numbers"),
     ("tools/explore.py", ("--data-dir=",), "--data-dir"),
     ("evaluate.py", ("--publish", "../overfit_batch/mlp"), "not a run name"),  # replaced its own source
     ("tools/sanity_checks.py", ("--seed", "-1"), "--seed must be at least 0"),  # before the dataset is looked for

@@ -21,7 +21,7 @@ from utils import Split, image_hashes, load_cifar100, load_test_set, to_float
 
 FIGURES = {"superclasses.png", "means.png", "extremes.png", "inputs.png", "inputs_mlp.png", "near_duplicates.png"}
 LISTS = {"label_counts.csv", "baselines.csv", "near_duplicates.csv"}
-STILL = dict(flip=False, crop=0, jitter=0.0, mixup=0.0, device="cpu")  # no augmentation
+STILL = dict(flip=False, crop=0, jitter=0.0, corrupt=0.0, mixup=0.0, device="cpu")  # no augmentation
 
 
 @pytest.fixture(scope="module")

@@ -47,7 +47,7 @@ from training import run_folder
 from training.checkpoint import read_checkpoint
 
 CHECKPOINT, PREVIOUS = "checkpoint.safetensors", "checkpoint-previous.safetensors"
-CNN = ("--synthetic", "--widths", "8,16,16", "--blocks", "1,1,1", "--sides", "16,20,32", "--batch-size", "500",
+CNN = ("--synthetic", "--widths", "8,16,16", "--inner", "8,8,8", "--sides", "16,20,32", "--batch-size", "500",
        "--refresh-norms", "500", *MACHINE)  # 10 steps per epoch
 
 

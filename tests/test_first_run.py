@@ -156,10 +156,11 @@ def test_one_thread_is_taken_for_short_steps_if_faster(
 
 @pytest.mark.usefixtures("two_threads")
 def test_a_chosen_thread_gives_the_same_bits_as_a_given_one(monkeypatch: pytest.MonkeyPatch) -> None:
-    """The whitening of the ConvNet depends on the threads, so the network must be built with the chosen number."""
+    """The whitening of the CNN depends on the threads, so the network must be built with the chosen number."""
     timed_as(monkeypatch, lambda precision, threads: 0.001 * threads)
     split, _ = load_cifar100("", use_synthetic=True)
-    settings = train_cnn.CNNSettings(device="cpu", precision="float32", batch_size=8, widths=(8,), blocks=(1,))
+    settings = train_cnn.CNNSettings(device="cpu", precision="float32", batch_size=8, widths=(8, 8, 8),
+                                     inner=(8, 8, 8))
     built = []
     for threads in (0, 1):
         torch.set_num_threads(2)
@@ -253,7 +254,7 @@ def last_lines(script: Script, results_dir: Path, capsys: pytest.CaptureFixture[
     (train_mlp.SCRIPT, "--train-on-all --epochs 5", "measure it on the test set: python evaluate.py mlp-s0"),
     (train_cnn.SCRIPT, "", "try next: python train_cnn.py --recipe strong"),
     (train_cnn.SCRIPT, "--recipe strong --epochs 1",
-     "train for all 12 epochs: python train_cnn.py --recipe strong --seed 0"),
+     f"train for all {train_cnn.RECIPES['strong']['epochs']} epochs: python train_cnn.py --recipe strong --seed 0"),
     (train_cnn.SCRIPT, "--recipe original", "try next: python train_cnn.py"),
     (train_cnn.SCRIPT, "--recipe strong",
      "classify an image with it: python predict.py docs/figures/drawing.png --model strong-s0"),

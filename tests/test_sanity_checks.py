@@ -23,12 +23,13 @@ TINY = Network(train_mlp.SCRIPT, "mlp",
                dict(epochs=4, batch_size=250, widths=(256, 128), optimizer="adamw", lr=5e-3, flip=False,
                     crop=0, mixup=0.0, precision="float32"),
                smaller=dict(widths=(16, 16)))
-TINY_CONVNET = replace(
-    NETWORKS["convnet"], changes=NETWORKS["convnet"].changes | dict(
-        epochs=4, batch_size=125, sides=(12,), widths=(16, 64), blocks=(1, 1), crop=0, precision="float32"),
-    smaller=dict(widths=(2, 4)))
+TINY_CNN = replace(
+    NETWORKS["cnn"], changes=NETWORKS["cnn"].changes | dict(
+        epochs=4, batch_size=125, sides=(12,), widths=(16, 64, 256), inner=(16, 32, 128), crop=0, precision="float32"),
+    smaller=dict(widths=(4, 8, 16), inner=(4, 4, 8)))
 BOTH = pytest.mark.parametrize(
-    "subject", ["tiny", pytest.param("tiny-convnet", marks=pytest.mark.slow)], indirect=True)
+    "subject", ["tiny", pytest.param("tiny-cnn", marks=pytest.mark.slow)], indirect=True)
+BOTH_UNTRAINED = pytest.mark.parametrize("subject", ["tiny", "tiny-cnn"], indirect=True)
 
 
 @pytest.fixture(scope="module", autouse=True)
@@ -36,7 +37,7 @@ def tiny() -> Iterator[None]:
     """Small networks that can be checked by name, on a machine that is not measured each time."""
     with pytest.MonkeyPatch.context() as patch:
         patch.setitem(NETWORKS, "tiny", TINY)
-        patch.setitem(NETWORKS, "tiny-convnet", TINY_CONVNET)
+        patch.setitem(NETWORKS, "tiny-cnn", TINY_CNN)
         patch.setattr(loop, "machine_facts", lambda device: {})
         yield
 
@@ -48,7 +49,7 @@ def run(results_dir: Path, *flags: str) -> int:
 
 @pytest.fixture
 def subject(drawn_once: None, request: pytest.FixtureRequest) -> Subject:  # noqa: F811
-    """The tiny MLP, and in a test marked BOTH the tiny convnet too, before any training."""
+    """The tiny MLP, and in a test marked BOTH or BOTH_UNTRAINED the tiny CNN too, before any training."""
     name = getattr(request, "param", "tiny")
     return sanity_checks.make_subject(name, 0, True, *load_cifar100("", use_synthetic=True))
 
@@ -76,7 +77,7 @@ def plant_missing_zero_grad(monkeypatch: pytest.MonkeyPatch) -> None:
 # ---- A sound network ------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("name", ["tiny", pytest.param("tiny-convnet", marks=pytest.mark.slow)])
+@pytest.mark.parametrize("name", ["tiny", pytest.param("tiny-cnn", marks=pytest.mark.slow)])
 def test_a_sound_network_passes_every_check(
     name: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -121,7 +122,7 @@ def test_labels_that_leak_into_images_fail_the_baseline(
             images[torch.arange(len(labels)), 0, labels // 10 * 3, labels % 10 * 3] = 1.0  # one dot per class
             yield images, labels
 
-    assert subject.trained  # without the leak, so that only the zeroed images have it
+    assert subject.trained  # without the leak, so that only the single image has it
     monkeypatch.setattr(loop, "batches", leaking)
     assert not check("input-independent baseline", subject).passed
 
@@ -244,6 +245,7 @@ def test_a_missing_train_call_fails_the_check_of_modes(
 # ---- Other bugs -----------------------------------------------------------------------------------------------------
 
 
+@BOTH_UNTRAINED
 def test_a_head_that_starts_too_large_fails_the_first_loss(subject: Subject) -> None:
     def enlarge(model: nn.Module) -> None:
         model.head.weight.data.mul_(10)
@@ -251,10 +253,8 @@ def test_a_head_that_starts_too_large_fails_the_first_loss(subject: Subject) -> 
     assert not check("loss at initialization", with_networks(subject, enlarge)).passed
 
 
-@pytest.mark.parametrize("subject", ["tiny-convnet"], indirect=True)
+@BOTH_UNTRAINED
 def test_random_initial_biases_fail_the_first_loss(subject: Subject) -> None:
-    """Even for a head with unit variance, whose first loss in training mode may be nearly anything."""
-
     def add_biases(model: nn.Module) -> None:
         model.head.bias = nn.Parameter(9 * torch.randn(100))
 
