@@ -339,6 +339,15 @@ def test_training_ends_by_refreshing_norms(tmp_path: Path) -> None:
     assert not torch.equal(one, other)
 
 
+def test_training_ends_with_the_average_of_the_weights(tmp_path: Path) -> None:
+    assert train_small(tmp_path, "--average", "0") == 0
+    assert train_small(tmp_path, "--average", "0.5") == 0
+    last, averaged = (metrics(tmp_path / name) for name in ("fast-s0", "fast-s0-2"))
+    assert [row["train_loss"] for row in last] == [row["train_loss"] for row in averaged]
+    assert last[:-1] == averaged[:-1] and last[-1]["val_loss"] != averaged[-1]["val_loss"]
+    assert not same_weights(tmp_path / "fast-s0", tmp_path / "fast-s0-2")
+
+
 @pytest.mark.parametrize("optimizer", ["muon-sgd", "normuon-sgd"])
 def test_muon_for_filters_is_refused_for_the_mlp(optimizer: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
                                                  ) -> None:

@@ -8,7 +8,7 @@ from common.errors import UserError
 from models import create_model
 from train_mlp import MLPSettings
 from training import loop
-from training.optimizers import Muon, NorMuon, all_groups, make_optimizers, orthogonalize, rate_factor
+from training.optimizers import Average, Muon, NorMuon, all_groups, make_optimizers, orthogonalize, rate_factor
 from training.settings import Settings
 
 
@@ -19,6 +19,8 @@ def test_the_rate_warms_up_and_then_follows_its_schedule(schedule: str, middle: 
     falling = [rate_factor(schedule, 0.2, progress) for progress in (0.2, 0.6, 1)]
     assert falling == pytest.approx([1, middle, end])
     assert rate_factor(schedule, 0.0, 0.0) == 1
+    above = [rate_factor(schedule, 0.2, progress, floor=0.15) for progress in (0.1, 0.6, 1)]
+    assert above == pytest.approx([0.5, middle, max(end, 0.15)])
     for warmup in (0.0, 0.3, 1.0):
         assert all(0 <= rate_factor(schedule, warmup, step / 100) <= 1 for step in range(101))
 
@@ -66,6 +68,23 @@ def test_a_zero_gradient_gives_a_zero_step(optimizer: type[Muon]) -> None:
     weight.grad = torch.zeros(4, 6)
     optimizer([weight], lr=0.1).step()
     assert torch.equal(weight, torch.ones(4, 6))
+
+
+def test_an_average_follows_the_weights_of_all_optimizers_and_replaces_them() -> None:
+    torch.manual_seed(0)
+    model = create_model("mlp", widths=(8, 6))
+    settings = MLPSettings(optimizer="muon", lr=0.02, average=0.75, precision="float32")
+    made = make_optimizers(model, settings)
+    assert isinstance(made[-1], Average)
+    weights = list(model.parameters())
+    expected: list[torch.Tensor] = []
+    for _ in range(5):
+        loop.training_step(model, made, torch.rand(16, 3, 32, 32), torch.arange(16), loop.loss_of(settings))
+        expected = [0.75 * mean + 0.25 * weight for mean, weight in zip(expected or weights, weights, strict=True)]
+        expected = [mean.detach().clone() for mean in expected]
+    assert not any(torch.equal(weight, mean) for weight, mean in zip(weights, expected, strict=True))
+    made[-1].put()
+    torch.testing.assert_close([weight.detach() for weight in weights], expected)
 
 
 def test_muon_takes_the_hidden_matrices_and_adamw_the_rest() -> None:

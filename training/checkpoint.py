@@ -26,6 +26,7 @@ STATE_NAMES = {  # by optimizer: the tensors that it keeps for each parameter, f
     "Muon": ("momentum",),
     "NorMuon": ("momentum", "row_squares"),
     "SGD": ("momentum_buffer",),
+    "Average": ("average",),
     **dict.fromkeys(("Adam", "AdamW"), ("step", "exp_avg", "exp_avg_sq")),
 }
 

@@ -38,7 +38,7 @@ from training.hardware import (
     require_memory,
     synchronize,
 )
-from training.optimizers import make_optimizers, set_rates
+from training.optimizers import Average, make_optimizers, set_rates
 from training.run_folder import Run
 from training.settings import Script, Settings
 from utils import Augmentation, Split, batches, compute_logits, derived_seed, steps_per_epoch, to_float
@@ -139,9 +139,12 @@ def train(
                 if stopped:
                     raise Interrupted(stopped, f"checkpoint saved; resume with: {run.resume_command}")
 
-            # The epoch is over: batch norm's final statistics, validation, one row of metrics.csv and one line.
+            # The epoch is over: after the last one the final weights and batch norm's statistics, then validation, one
+            # row of metrics.csv and one line.
             require_finite([loss_sum], "loss", run, progress)
             if epoch + 1 == settings.epochs:
+                if isinstance(optimizers[-1], Average):
+                    optimizers[-1].put()
                 refresh_norms(model, data, settings.refresh_norms, seed=settings.seed)
             synchronize(device)
             progress.seconds = time.perf_counter() - started

@@ -100,13 +100,41 @@ def orthogonalize(matrix: Tensor, iterations: int) -> Tensor:
     return x.T if tall else x
 
 
+class Average(torch.optim.Optimizer):
+    """The exponential running mean of the weights, as the last of the optimizers: its step changes no weight.
+
+    So a checkpoint keeps the mean with the states of the others. Averaging does what the last part of a falling
+    learning rate does (Polyak and Juditsky 1992; Izmailov et al. 2018, arXiv 1803.05407).
+    """
+
+    def __init__(self, params: Iterable[Any], decay: float) -> None:
+        super().__init__(params, {"lr": 0.0})
+        self.decay = decay
+
+    @torch.no_grad()
+    def step(self, closure: None = None) -> None:  # type: ignore[override]  # a closure is not supported
+        (group,) = self.param_groups
+        for parameter in group["params"]:
+            state = self.state[parameter]
+            if not state:
+                state["average"] = parameter.clone()
+            state["average"].lerp_(parameter, 1 - self.decay)
+
+    @torch.no_grad()
+    def put(self) -> None:
+        """Replace the weights by their mean."""
+        for parameter, state in self.state.items():
+            parameter.copy_(state["average"])
+
+
 def make_optimizers(model: nn.Module, settings: Settings) -> list[torch.optim.Optimizer]:
     """The optimizers that `settings` name; each parameter group has its own `peak_lr`.
 
     Weight decay acts on matrices and filters, not on biases and scales. "muon" updates the matrices and
     filters below `model.head`, and AdamW the rest. "muon-sgd" updates only the filters, keeping their
     norms, and SGD the rest: biases and the head at larger rates. "normuon-sgd" does the same with NorMuon and a single
-    rate for the rest. Raises UserError if Muon would have nothing to update.
+    rate for the rest. With `settings.average`, an Average of all weights comes last. Raises UserError if Muon would
+    have nothing to update.
     """
     parameters = [p for p in model.parameters() if p.requires_grad]
     in_head = {id(p) for p in model.get_submodule("head").parameters()}
@@ -140,6 +168,8 @@ def make_optimizers(model: nn.Module, settings: Settings) -> list[torch.optim.Op
     else:
         adam = {"adam": torch.optim.Adam, "adamw": torch.optim.AdamW}[settings.optimizer]
         optimizers = [adam(groups, lr=settings.lr)]
+    if settings.average:
+        optimizers.append(Average(parameters, settings.average))
     for group in all_groups(optimizers):
         group["peak_lr"] = group["lr"]
     return optimizers
@@ -159,12 +189,12 @@ def all_groups(optimizers: list[torch.optim.Optimizer]) -> list[dict[str, Any]]:
 def set_rates(optimizers: list[torch.optim.Optimizer], settings: Settings, progress: float) -> None:
     """Set every group's learning rate for when the fraction `progress` of all steps is done."""
     for group in all_groups(optimizers):
-        group["lr"] = group["peak_lr"] * rate_factor(settings.schedule, settings.warmup, progress)
+        group["lr"] = group["peak_lr"] * rate_factor(settings.schedule, settings.warmup, progress, settings.lr_floor)
 
 
-def rate_factor(schedule: str, warmup: float, progress: float) -> float:
+def rate_factor(schedule: str, warmup: float, progress: float, floor: float = 0.0) -> float:
     """The learning rate, relative to its peak, when the fraction `progress` of all steps is done."""
     if progress < warmup:
         return progress / warmup
     left = (1 - progress) / (1 - warmup) if warmup < 1 else 1.0
-    return {"constant": 1.0, "linear": left, "cosine": 0.5 - 0.5 * math.cos(math.pi * left)}[schedule]
+    return max(floor, {"constant": 1.0, "linear": left, "cosine": 0.5 - 0.5 * math.cos(math.pi * left)}[schedule])
