@@ -57,7 +57,8 @@ FAST: dict[str, Any] = dict(
 RECIPES: dict[str, dict[str, Any]] = {
     "fast": FAST,
     "strong": {**FAST, "epochs": 14, "sides": (20, 20, 20, 20, 24, 24, 24, 24, 32, 32, 32, 32, 32, 32),
-               "widths": (112, 352, 1024), "inner": (112, 256, 704), "crop": 3, "jitter": 0.2, "label_smoothing": 0.2},
+               "widths": (112, 352, 1024), "inner": (112, 256, 704), "lr_floor": 0.0, "average": 0.0,
+               "crop": 3, "jitter": 0.2, "label_smoothing": 0.2},
     # The network and settings of the unfinished project that this one grew from.
     "original": dict(model="original_cnn", epochs=65, batch_size=32, optimizer="sgd", lr=2.5e-4, schedule="constant",
                      flip=False),
@@ -67,7 +68,7 @@ RECIPES: dict[str, dict[str, Any]] = {
 OVERFIT: dict[str, Any] = dict(
     epochs=100, batch_size=64, optimizer="adam", lr=1e-3, weight_decay=0.0, warmup=0.0, schedule="constant",
     lr_floor=0.0, average=0.0, label_smoothing=0.0, flip=False, alternate=False, crop=0, jitter=0.0, corrupt=0.0,
-    mixup=0.0, refresh_norms=0, precision="float32",
+    mixup=0.0, sides=(20,), refresh_norms=0, precision="float32",
 )
 
 

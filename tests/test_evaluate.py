@@ -566,6 +566,18 @@ def test_seeds_with_different_settings_are_not_published(
     assert site.readme.read_text() == README
 
 
+@pytest.mark.parametrize(("average", "status"), [(0.0, 0), (0.9, 2)])
+def test_a_setting_that_is_newer_than_a_published_run_must_be_off(
+    average: float, status: int, site: Site, capsys: pytest.CaptureFixture[str]
+) -> None:
+    older = read_json(site.results / "mlp-s0" / "config.json")["settings"]
+    del older["average"]
+    edit_config(site.results / "mlp-s0", settings=older)
+    edit_settings(site.results / "another-name", average=average)
+    assert site.main("--publish", "mlp-s0", "another-name") == status
+    assert status == 0 or "average: None and 0.9" in error_line(capsys)
+
+
 def unfinish(run: Path) -> None:
     (run / "result.json").unlink()
 

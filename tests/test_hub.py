@@ -87,7 +87,7 @@ def hub() -> object:
 def test_the_entry_points_are_the_recipes_with_published_weights(hub: object) -> None:
     """`torch.hub.list` shows the callable names without an underscore."""
     listed = {name for name in dir(hub) if callable(getattr(hub, name)) and not name.startswith("_")}
-    assert listed == PUBLISHED >= {"fast", "strong", "mlp", "original"}
+    assert listed == PUBLISHED >= {"fast", "mlp", "original"}
     with pytest.raises(RuntimeError, match="Cannot find callable nothing in hubconf"):
         torch.hub.load(str(ROOT), "nothing", source="local")
 
@@ -105,9 +105,9 @@ def test_only_the_named_packages_are_needed(hub: object) -> None:
 
 def test_weights_that_are_missing_are_no_entry_point(hub_archive: Path, tmp_path: Path) -> None:
     copy = shutil.copytree(hub_archive, tmp_path / "copy")
-    (copy / "results" / "published" / "strong-s0" / "model.safetensors").unlink()
+    (copy / "results" / "published" / "mlp-s0" / "model.safetensors").unlink()
     names = dir(torch.hub._import_module("hubconf.py", str(copy / "hubconf.py")))
-    assert "strong" not in names and "fast" in names
+    assert "mlp" not in names and "fast" in names
 
 
 def test_the_readme_loads_a_network_as_it_says(monkeypatch: pytest.MonkeyPatch) -> None:
