@@ -21,8 +21,8 @@ from training.hardware import machine_facts
 
 IMAGES, EPOCHS = 5_000, 3
 CORES = os.cpu_count() or 1
-BATCHES = (50, 125, 250, 500, 1000)
-WIDTHS = ("32,128,384", "64,256,768", "128,512,1536")  # half and twice the recipe's
+BATCHES = (64, 128, 256, 512, 1024)
+INNER = {"32,128,384": "32,96,256", "64,256,768": "64,192,512", "128,512,1536": "128,384,1024"}  # by widths
 SIDES = (16, 32)
 
 
@@ -67,9 +67,12 @@ def main(argv: list[str] | None = None) -> int:
     for side in SIDES:
         of_side = {name: row for name, row in rows.items() if f" {side} x" in name}
         print("\n" + table("processes x threads", of_side), flush=True)
-    for flag, values in (("--batch-size", BATCHES), ("--widths", WIDTHS)):
-        measured = {str(value): measure(1, CORES, *plain, "--sides", "16", flag, str(value)) for value in values}
-        print("\n" + table(f"{flag}, 16 x 16 pixels", measured), flush=True)
+    plain = (*plain, "--sides", "16")
+    by_batch = {str(size): measure(1, CORES, *plain, "--batch-size", str(size)) for size in BATCHES}
+    print("\n" + table("--batch-size, 16 x 16 pixels", by_batch), flush=True)
+    by_widths = {widths: measure(1, CORES, *plain, "--widths", widths, "--inner", inner)
+                 for widths, inner in INNER.items()}
+    print("\n" + table("--widths, 16 x 16 pixels", by_widths), flush=True)
     return 0
 
 

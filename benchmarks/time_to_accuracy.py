@@ -142,7 +142,7 @@ def published_rows() -> list[dict[str, Any]]:
 
 
 def contestants() -> list[Contestant]:
-    """Our recipes, and three well-known ones as their authors describe them."""
+    """Our recipes, and four well-known ones as their authors describe them."""
     known = {row["recipe"]: float(row["top1"]["mean"]) for row in published_rows()}
     ours = [(script, script.recipe_settings(name)) for script in (train_cnn.SCRIPT, train_mlp.SCRIPT)
             for name in script.recipes]
@@ -226,7 +226,7 @@ def table(everyone: list[Contestant]) -> str:
         sides = ", ".join(f"{1000 * statistics.median(times):.2f} at {side}"
                           for side, times in sorted(one.seconds.items()))
         flops, minutes = one.total_flops(epochs), seconds / 60
-        name = one.name if len(one.accuracies) == 1 else f"{one.name}, {epochs:g} epochs"
+        name = one.name if len(one.accuracies) == 1 else f"{one.name} ({epochs:g} epochs)"
         time_needed = f"{minutes:.1f} min" if minutes < 100 else f"{minutes / 60:.1f} h"
         lines.append(f"| {name} | {epochs:g} | {flops_text(flops)} | {flops / seconds / 1e9:.0f} | {sides} "
                      f"| {time_needed} | {seconds / unit:.2g} | {'' if accuracy is None else f'{accuracy:.1f}'} |")

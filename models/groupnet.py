@@ -1,4 +1,4 @@
-"""Our own network, designed to reach a high accuracy with few operations."""
+"""Our convolutional network, after NAVIER-STOKED, designed to reach a high accuracy with few operations."""
 
 from collections.abc import Sequence
 

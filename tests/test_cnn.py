@@ -339,13 +339,18 @@ def test_training_ends_by_refreshing_norms(tmp_path: Path) -> None:
     assert not torch.equal(one, other)
 
 
-def test_training_ends_with_the_average_of_the_weights(tmp_path: Path) -> None:
+def test_training_ends_with_the_average_of_the_weights(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     assert train_small(tmp_path, "--average", "0") == 0
     assert train_small(tmp_path, "--average", "0.5") == 0
     last, averaged = (metrics(tmp_path / name) for name in ("fast-s0", "fast-s0-2"))
     assert [row["train_loss"] for row in last] == [row["train_loss"] for row in averaged]
     assert last[:-1] == averaged[:-1] and last[-1]["val_loss"] != averaged[-1]["val_loss"]
     assert not same_weights(tmp_path / "fast-s0", tmp_path / "fast-s0-2")
+    order: list[str] = []
+    monkeypatch.setattr(loop.Average, "replace_weights", lambda self: order.append("weights"))
+    monkeypatch.setattr(loop, "refresh_norms", lambda *arguments, **named: order.append("their norms"))
+    assert train_small(tmp_path, "--epochs", "1") == 0
+    assert order == ["weights", "their norms"]
 
 
 @pytest.mark.parametrize("optimizer", ["muon-sgd", "normuon-sgd"])
@@ -376,7 +381,7 @@ def test_training_goes_through_the_resolutions_in_order(uninterrupted: tuple[Pat
 
 
 @pytest.mark.parametrize("stops", [(4,), (STEPS_PER_EPOCH,), (STEPS_PER_EPOCH + 3,), (2 * STEPS_PER_EPOCH + 7,),
-                                   (5, STEPS_PER_EPOCH, STEPS_PER_EPOCH)])
+                                   (3 * STEPS_PER_EPOCH,), (5, STEPS_PER_EPOCH, STEPS_PER_EPOCH)])
 def test_a_run_resumed_at_any_resolution_equals_a_whole_one(
     stops: tuple[int, ...], tmp_path: Path, monkeypatch: pytest.MonkeyPatch,
     uninterrupted: tuple[Path, list[int]],

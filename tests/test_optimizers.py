@@ -8,7 +8,16 @@ from common.errors import UserError
 from models import create_model
 from train_mlp import MLPSettings
 from training import loop
-from training.optimizers import Average, Muon, NorMuon, all_groups, make_optimizers, orthogonalize, rate_factor
+from training.optimizers import (
+    Average,
+    Muon,
+    NorMuon,
+    all_groups,
+    make_optimizers,
+    orthogonalize,
+    rate_factor,
+    set_rates,
+)
 from training.settings import Settings
 
 
@@ -70,20 +79,28 @@ def test_a_zero_gradient_gives_a_zero_step(optimizer: type[Muon]) -> None:
     assert torch.equal(weight, torch.ones(4, 6))
 
 
+def test_the_floor_of_the_rate_is_that_of_the_settings() -> None:
+    settings = MLPSettings(lr=0.1, lr_floor=0.2, precision="float32")
+    made = make_optimizers(create_model("mlp", widths=(8, 6)), settings)
+    set_rates(made, settings, 0.99)
+    assert [group["lr"] for group in all_groups(made)] == pytest.approx([0.02, 0.02])
+
+
 def test_an_average_follows_the_weights_of_all_optimizers_and_replaces_them() -> None:
     torch.manual_seed(0)
     model = create_model("mlp", widths=(8, 6))
-    settings = MLPSettings(optimizer="muon", lr=0.02, average=0.75, precision="float32")
+    settings = MLPSettings(optimizer="muon", lr=0.02, average=0.3, precision="float32")
     made = make_optimizers(model, settings)
     assert isinstance(made[-1], Average)
     weights = list(model.parameters())
     expected: list[torch.Tensor] = []
-    for _ in range(5):
+    for step in range(1, 6):
+        decay = min(0.3, step / (step + 9))  # 0.1, 0.18, 0.25, 0.3, 0.3
         loop.training_step(model, made, torch.rand(16, 3, 32, 32), torch.arange(16), loop.loss_of(settings))
-        expected = [0.75 * mean + 0.25 * weight for mean, weight in zip(expected or weights, weights, strict=True)]
-        expected = [mean.detach().clone() for mean in expected]
+        expected = [(decay * mean + (1 - decay) * weight).detach()
+                    for mean, weight in zip(expected or weights, weights, strict=True)]
     assert not any(torch.equal(weight, mean) for weight, mean in zip(weights, expected, strict=True))
-    made[-1].put()
+    made[-1].replace_weights()
     torch.testing.assert_close([weight.detach() for weight in weights], expected)
 
 

@@ -64,8 +64,8 @@ class Network:
     smaller: dict[str, Any]
 
 
-# At the end, the CNN's recipe averages its weights over more steps than a short training has, and recomputes batch
-# norm's statistics, which would hide it if training got them wrong. So both are off here.
+# The CNN's recipe recomputes batch norm's statistics after the last epoch, which would hide it if training got them
+# wrong. So that is off here, and with it the averaged weights, which need it.
 NETWORKS = {
     "mlp": Network(train_mlp.SCRIPT, "mlp", dict(epochs=7, batch_size=500), dict(widths=(512, 256, 128))),
     "cnn": Network(train_cnn.SCRIPT, "fast", dict(epochs=7, sides=(16,), average=0.0, refresh_norms=0),
@@ -106,6 +106,11 @@ class Subject:
     @property
     def chance_loss(self) -> float:
         return math.log(self.classes)
+
+    def one_batch(self) -> Settings:
+        """The settings of the CNN's single-batch check, as far as this network has them."""
+        return replace(self.settings, **{name: value for name, value in train_cnn.OVERFIT.items()
+                                         if hasattr(self.settings, name)})
 
     def fresh(self, settings: Settings) -> nn.Module:
         """The network with its initial weights, in training mode."""
@@ -187,7 +192,7 @@ def overfit_one_batch(subject: Subject) -> Outcome:
 
     The loss decides: with softmax applied twice it stays above 3.62, even if every image is classified correctly.
     """
-    settings = replace(subject.settings, **train_cnn.OVERFIT)
+    settings = subject.one_batch()
     batch = subject.train_split[torch.arange(settings.batch_size)]
     row = subject.train_fresh(settings, batch, None).rows[-1]
     return Outcome(row["train_loss"] < 0.1, f"{row['train_loss']:.4f}",
@@ -200,7 +205,7 @@ def gradients_are_reset(subject: Subject) -> Outcome:
     Without zero_grad the second one is the sum of both. Overfitting one batch does not show that, because Adam does
     not depend on the scale of a gradient.
     """
-    settings = replace(subject.settings, **train_cnn.OVERFIT)
+    settings = subject.one_batch()
     model, (images, labels) = subject.fresh(settings), subject.first_batch(settings)
     optimizers = make_optimizers(model, settings)
     for group in all_groups(optimizers):

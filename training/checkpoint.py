@@ -26,7 +26,7 @@ STATE_NAMES = {  # by optimizer: the tensors that it keeps for each parameter, f
     "Muon": ("momentum",),
     "NorMuon": ("momentum", "row_squares"),
     "SGD": ("momentum_buffer",),
-    "Average": ("average",),
+    "Average": ("step", "average"),
     **dict.fromkeys(("Adam", "AdamW"), ("step", "exp_avg", "exp_avg_sq")),
 }
 

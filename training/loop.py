@@ -144,7 +144,7 @@ def train(
             require_finite([loss_sum], "loss", run, progress)
             if epoch + 1 == settings.epochs:
                 if isinstance(optimizers[-1], Average):
-                    optimizers[-1].put()
+                    optimizers[-1].replace_weights()
                 refresh_norms(model, data, settings.refresh_norms, seed=settings.seed)
             synchronize(device)
             progress.seconds = time.perf_counter() - started
@@ -161,7 +161,7 @@ def train(
             if processes.is_first:
                 after_epoch(row, settings)
 
-        # Finish. The last weights are the result, not those of the best epoch.
+        # Finish. The final weights are the result, not those of the best epoch.
         save_checkpoint(run, model, optimizers, progress)
         result = summarize(model, progress.rows, len(data), flops, settings, processes, machine,
                            resumed=saved is not None)

@@ -11,7 +11,7 @@ from common.errors import UserError
 from training.settings import Settings
 
 WIDE = 3  # columns per row at which orthogonalizing through the Gram matrix becomes cheaper
-SGD_MOMENTUM, SHIFT_RATE, HEAD_RATE = 0.85, 8.0, 4.0  # of SGD next to Muon: see docs/experiments.md
+SGD_MOMENTUM, SHIFT_RATE, HEAD_RATE = 0.85, 8.0, 4.0  # of SGD next to Muon: see docs/experiments.md, appendix
 NOR_SGD_MOMENTUM = 0.9  # of SGD next to NorMuon, Nesterov
 ROW_BETA = 0.95  # decay of the mean squares in NorMuon
 
@@ -101,9 +101,10 @@ def orthogonalize(matrix: Tensor, iterations: int) -> Tensor:
 
 
 class Average(torch.optim.Optimizer):
-    """The exponential running mean of the weights, as the last of the optimizers: its step changes no weight.
+    """The running mean of the weights, as the last of the optimizers: its step changes no weight.
 
-    So a checkpoint keeps the mean with the states of the others. Averaging does what the last part of a falling
+    So a checkpoint keeps the mean with the states of the others. Its decay is smaller in the first steps, so that a
+    short training does not end with a part of its initial weights. Averaging does what the last part of a falling
     learning rate does (Polyak and Juditsky 1992; Izmailov et al. 2018, arXiv 1803.05407).
     """
 
@@ -117,12 +118,14 @@ class Average(torch.optim.Optimizer):
         for parameter in group["params"]:
             state = self.state[parameter]
             if not state:
-                state["average"] = parameter.clone()
-            state["average"].lerp_(parameter, 1 - self.decay)
+                state.update(step=torch.tensor(0.0), average=parameter.clone())
+            state["step"] += 1
+            decay = min(self.decay, float(state["step"]) / (float(state["step"]) + 9))
+            state["average"].lerp_(parameter, 1 - decay)
 
     @torch.no_grad()
-    def put(self) -> None:
-        """Replace the weights by their mean."""
+    def replace_weights(self) -> None:
+        """Put the mean in the place of the weights."""
         for parameter, state in self.state.items():
             parameter.copy_(state["average"])
 

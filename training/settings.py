@@ -59,12 +59,12 @@ class Settings:
                                   "fixes the norms of its filters instead", low=0, high=1_000_000)
     warmup: float = setting(0.0, "fraction of all steps over which the learning rate rises from zero", low=0,
                             high=1)
-    schedule: str = setting("linear", "how the learning rate falls to zero after the warmup",
+    schedule: str = setting("linear", "how the learning rate falls after the warmup",
                             choices=("constant", "linear", "cosine"))
     lr_floor: float = setting(0.0, "fraction of its peak below which the learning rate does not fall", low=0, high=1,
                               needs={"schedule": ("linear", "cosine")})
-    average: float = setting(0.0, "at the end, take the running mean of the weights with this decay per step; 0 takes "
-                             "the last weights", low=0, high=0.9999, one_batch=False)
+    average: float = setting(0.0, "at the end, take the running mean of the weights with this decay per step, and "
+                             "--refresh-norms for it; 0 takes the last weights", low=0, high=0.9999, one_batch=False)
     label_smoothing: float = setting(0.0, "label smoothing", low=0, high=1, one_batch=False)
 
     # Augmentation of training images.
