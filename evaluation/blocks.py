@@ -246,6 +246,7 @@ BLOCKS: dict[str, Callable[[Published], str]] = {
     "riddle-odds": _printed("overfit_riddle_odds.md"),
     "resources": _printed("cost.md"),
     "scaling": _printed("scaling.md"),
+    "loader": _printed("loader.md"),
 }
 
 

@@ -128,16 +128,13 @@ def publish_overfit(name: str, results_dir: Path) -> Path:
 
 
 def require_alike(runs: list[FinishedRun], except_for: tuple[str, ...] = ()) -> None:
-    """Raise UserError unless these runs of one recipe differ only in their seeds, machines and `except_for`.
-
-    A setting that is newer than a run was off in it: 0, empty or False.
-    """
+    """Raise UserError unless these runs of one recipe differ only in their seeds, machines and `except_for`."""
     first, allowed = runs[0].settings, (*MAY_DIFFER, *except_for)
     for run in runs[1:]:
         settings = run.settings
         differing = [f"{name}: {first.get(name)} and {settings.get(name)}"
                      for name in sorted((first.keys() | settings.keys()) - set(allowed))
-                     if (first.get(name) or None) != (settings.get(name) or None)]
+                     if first.get(name) != settings.get(name)]
         if differing:
             raise UserError(f"{run.folder} and {runs[0].folder} have different settings ({'; '.join(differing)}): "
                             "a recipe's published runs must share them")
