@@ -4,7 +4,7 @@
     python train_cnn.py --recipe strong                 # another recipe; any flag overrides one of its settings
     python train_cnn.py --train-on-all --seeds 0,1,2    # the published runs, on all 50,000 training images
     python train_cnn.py --resume fast-s0                # continue an interrupted run from its last checkpoint
-    python train_cnn.py --overfit-batch                 # the single-batch check: a few minutes on two CPU cores
+    python train_cnn.py --overfit-batch                 # the single-batch check: a minute on two CPU cores
     python train_cnn.py --synthetic --epochs 3          # runs anywhere: nothing to download
     torchrun --nproc_per_node=2 train_cnn.py            # in two processes: one per GPU, or one per CPU core
 """
