@@ -298,7 +298,8 @@ def _name_points(axes: Any, points: list[tuple[str, float, float, str]], size: f
     taken = [(*place, 6.0, 6.0) for place in places]  # middles, and half of widths and heights
     for (name, x, y, color), (left, up) in zip(points, places, strict=True):
         half = 0.3 * size * len(name)  # of its width
-        offsets = ((0, 1.3 * size, "center"), (0, -1.3 * size, "center"), (size, 0, "left"), (-size, 0, "right"))
+        offsets = ((0, 1.3 * size, "center"), (0, -1.3 * size, "center"), (size, 0, "left"), (-size, 0, "right"),
+                   (0, 2.6 * size, "center"))
         boxes = [(left + dx + {"center": 0, "left": half, "right": -half}[align], up + dy, half, 0.6 * size)
                  for dx, dy, align in offsets]
         free = [all(abs(box[0] - other[0]) > box[2] + other[2] or abs(box[1] - other[1]) > box[3] + other[3]
