@@ -207,7 +207,7 @@ def reliability_figure(variants: dict[str, Calibration], title: str):
         edges = np.linspace(0, 100, len(found.count) + 1)
         counts.stairs(found.count, edges, color=color, lw=1.8)
     axes.set(ylabel="accuracy (%)", xlim=(0, 100), ylim=(0, 100))
-    axes.legend(frameon=False, loc="upper left")
+    axes.legend(frameon=False, loc="lower right")
     counts.set(xlabel=f"confidence (%), in {len(edges) - 1} bins; those below {FEW} images have no point",
                ylabel="images per bin")
     for panel in (axes, counts):

@@ -68,7 +68,8 @@ class Network:
 # wrong. So that is off here, and with it the averaged weights, which need it.
 NETWORKS = {
     "mlp": Network(train_mlp.SCRIPT, "mlp", dict(epochs=7, batch_size=500), dict(widths=(512, 256, 128))),
-    "cnn": Network(train_cnn.SCRIPT, "fast", dict(epochs=7, sides=(16,), average=0.0, refresh_norms=0),
+    "cnn": Network(train_cnn.SCRIPT, "fast",
+                   dict(epochs=7, batch_size=64, sides=(16,), label_smoothing=0.0, average=0.0, refresh_norms=0),
                    dict(widths=(16, 64, 192), inner=(16, 48, 128))),
 }
 
