@@ -67,10 +67,10 @@ def main(argv: list[str] | None = None) -> int:
     for side in SIDES:
         of_side = {name: row for name, row in rows.items() if f" {side} x" in name}
         print("\n" + table("processes x threads", of_side), flush=True)
-    plain = (*plain, "--sides", "16")
-    by_batch = {str(size): measure(1, CORES, *plain, "--batch-size", str(size)) for size in BATCHES}
+    small = (*plain, "--sides", "16")
+    by_batch = {str(size): measure(1, CORES, *small, "--batch-size", str(size)) for size in BATCHES}
     print("\n" + table("--batch-size, 16 x 16 pixels", by_batch), flush=True)
-    by_widths = {widths: measure(1, CORES, *plain, "--widths", widths, "--inner", inner)
+    by_widths = {widths: measure(1, CORES, *small, "--widths", widths, "--inner", inner)
                  for widths, inner in INNER.items()}
     print("\n" + table("--widths, 16 x 16 pixels", by_widths), flush=True)
     return 0
