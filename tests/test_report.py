@@ -350,6 +350,7 @@ def test_the_gallery_filters(page: Browser) -> None:
     page.choose("[name=label]", "red ant")
     assert gallery(page) == [] and page.texts("#count") == ["no image passes all filters"]
     page.click("[type=reset]")
+    page.wait("return gallery.childElementCount === 2")  # the fields are reset after the click
     assert gallery(page) == [ANT, ANOTHER]
     page.choose("[name=order]", "unsure")
     assert gallery(page) == [ANOTHER, ANT]
