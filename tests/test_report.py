@@ -379,6 +379,7 @@ def test_search_finds_names_and_numbers(page: Browser) -> None:
     page.press("[name=search]", "INSECT")
     assert len(gallery(page)) == 8 and state(page)["search"] == "INSECT"
     page.click("[type=reset]")
+    page.wait("return document.querySelector('[name=search]').value === ''")
     page.press("[name=search]", "109")  # also an image that the filters leave out
     assert gallery(page) == ["red ant, correct, 100%"]
 
