@@ -25,7 +25,8 @@ TINY = Network(train_mlp.SCRIPT, "mlp",
                smaller=dict(widths=(16, 16)))
 TINY_CNN = replace(
     NETWORKS["cnn"], changes=NETWORKS["cnn"].changes | dict(
-        epochs=4, batch_size=125, sides=(12,), widths=(16, 64, 256), inner=(16, 32, 128), crop=0, precision="float32"),
+        epochs=4, batch_size=125, sides=(12,), widths=(16, 64, 256), inner=(16, 32, 128), label_smoothing=0.25, crop=0,
+        precision="float32"),
     smaller=dict(widths=(4, 8, 16), inner=(4, 4, 8)))
 BOTH = pytest.mark.parametrize(
     "subject", ["tiny", pytest.param("tiny-cnn", marks=pytest.mark.slow)], indirect=True)
