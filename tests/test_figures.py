@@ -2,6 +2,7 @@
 
 import re
 import shutil
+from collections.abc import Callable
 from itertools import combinations
 from pathlib import Path
 from typing import Any
@@ -13,7 +14,7 @@ import train_cnn
 import train_mlp
 from common.command_line import exit_status
 from common.errors import UserError
-from common.files import ROOT
+from common.files import ROOT, read_json
 from common.plotting import DPI, MAX_BYTES, WIDTH, label_ends, new_figure, png_bytes
 from common.run_files import METRICS
 from evaluation import figures
@@ -207,6 +208,13 @@ def test_accuracy_is_drawn_against_time_and_arithmetic() -> None:
 def test_names_of_close_points_do_not_overlap() -> None:
     points = {f"a long name {number}": (100.0 + 3 * number, 70.0 + number / 4, None) for number in range(3)}
     figure = figures.accuracy_against({"ours": points, "others": {"another": (101.0, 71.0, None)}}, "cost", "")
+    assert overlaps(figure, figure.axes[0].texts) == []
+
+
+@pytest.mark.parametrize("draw", [figures.accuracy_time_figure, figures.accuracy_flops_figure])
+def test_names_in_the_published_figures_do_not_overlap(draw: Callable[[list[dict[str, Any]], str], Any]) -> None:
+    costs = (ROOT / "results/published/benchmarks/time_to_accuracy.md").read_text()
+    figure = draw(read_json(ROOT / "results/results.json"), costs)
     assert overlaps(figure, figure.axes[0].texts) == []
 
 

@@ -119,9 +119,8 @@ class Average(torch.optim.Optimizer):
             state = self.state[parameter]
             if not state:
                 state.update(step=torch.tensor(0.0), average=parameter.clone())
-            state["step"] += 1
-            decay = min(self.decay, float(state["step"]) / (float(state["step"]) + 9))
-            state["average"].lerp_(parameter, 1 - decay)
+            count = state["step"].add_(1).item()
+            state["average"].lerp_(parameter, 1 - min(self.decay, count / (count + 9)))
 
     @torch.no_grad()
     def replace_weights(self) -> None:
