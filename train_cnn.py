@@ -35,7 +35,7 @@ class CNNSettings(Settings):
     A network gets each of these that it has an argument for; an empty one leaves it its own default.
     """
 
-    model: str = setting("groupnet", "the network", choices=tuple(name for name in list_models() if name != "mlp"))
+    model: str = setting("mirrornet", "the network", choices=tuple(name for name in list_models() if name != "mlp"))
     widths: tuple[int, ...] = setting((), "filters of each group (default: the network's own)", low=1, high=4096,
                                       needs={"model": models_with("widths")})
     inner: tuple[int, ...] = setting((), "filters inside the residual pair of each group (default: the network's own)",
@@ -68,7 +68,7 @@ RECIPES: dict[str, dict[str, Any]] = {
 OVERFIT: dict[str, Any] = dict(
     epochs=100, batch_size=64, optimizer="adam", lr=1e-3, weight_decay=0.0, warmup=0.0, schedule="constant",
     lr_floor=0.0, average=0.0, label_smoothing=0.0, flip=False, alternate=False, crop=0, jitter=0.0, corrupt=0.0,
-    mixup=0.0, sides=(20,), refresh_norms=0, precision="float32",
+    affine=0.0, mixup=0.0, sides=(20,), refresh_norms=0, precision="float32",
 )
 
 

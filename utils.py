@@ -40,6 +40,7 @@ CONTENT_DIGESTS = {  # of the official files; see `content_digest`
 OFFICIAL_ORDER = ROOT / "dataset" / "official-order.npy"  # uint16 [60000]; see `_in_official_order`
 VAL_PER_CLASS = 50
 NOISE = 0.1  # the largest standard deviation of the noise in `corrupt`, for images in [0, 1]
+ZOOM, STRETCH, ROTATION = 0.15, 0.075, math.radians(10)  # the largest changes in `affine`
 
 
 # ---- The dataset ----------------------------------------------------------------------------------------------------
@@ -227,7 +228,8 @@ class Augmentation:
 
     flip: mirror images left to right at random; alternate: flip each image in every other epoch instead (Jordan 2024,
     arXiv 2404.00498); crop: shift by up to `crop` pixels, reflected at the edges; jitter: change brightness and
-    contrast by up to this fraction; corrupt: the fraction of images that `corrupt` makes noisy, coarse or blurred.
+    contrast by up to this fraction; corrupt: the fraction of images that `corrupt` makes noisy, coarse or blurred;
+    affine: the fraction that `affine` zooms, stretches and rotates.
     """
 
     flip: bool = False
@@ -235,6 +237,7 @@ class Augmentation:
     crop: int = 0
     jitter: float = 0.0
     corrupt: float = 0.0
+    affine: float = 0.0
 
 
 def derived_seed(*key: int | str) -> int:
@@ -270,6 +273,7 @@ def batches(
         index = index.to(split.images.device)
         images = to_float(augment(split.images[index], augmentation, generator, flipped))
         images = jitter(images, augmentation.jitter, generator)
+        images = affine(images, augmentation.affine, generator)
         yield corrupt(images, augmentation.corrupt, generator), split.fine_labels[index]
 
 
@@ -290,6 +294,23 @@ def jitter(images: Tensor, strength: float, generator: torch.Generator) -> Tenso
     drawn = torch.rand(2, len(images), 1, 1, 1, generator=generator).to(images.device)
     contrast, brightness = strength * (2 * drawn - 1)
     return (images - 0.5) * (1 + contrast) + 0.5 + brightness
+
+
+def affine(images: Tensor, share: float, generator: torch.Generator) -> Tensor:
+    """Zoom, stretch and rotate the last `share` of a batch about the centers, reflected at the edges.
+
+    images: float32 [B, C, H, W]. Each image is changed at random, by up to ZOOM, STRETCH and ROTATION.
+    """
+    count = round(share * len(images))
+    if not count:
+        return images
+    same, changed = images.split([len(images) - count, count])
+    zoom, stretch, angle = 2 * torch.rand(3, count, generator=generator).to(images.device) - 1
+    zoom, stretch, angle = 1 + ZOOM * zoom, 1 + STRETCH * stretch, ROTATION * angle
+    cosine, sine, zero = angle.cos(), angle.sin(), torch.zeros_like(angle)
+    rows = zoom * torch.stack([stretch * cosine, -sine, zero, sine, cosine / stretch, zero])
+    grid = F.affine_grid(rows.T.view(-1, 2, 3), list(changed.shape), align_corners=False)
+    return torch.cat([same, F.grid_sample(changed, grid, padding_mode="reflection", align_corners=False)])
 
 
 def corrupt(images: Tensor, share: float, generator: torch.Generator) -> Tensor:

@@ -19,6 +19,7 @@ from torch import Tensor, nn
 from common.plotting import new_figure
 from common.text import spaced
 from evaluation.figures import PEOPLE
+from models.mirrornet import MirrorConv
 from utils import compute_logits, to_float
 
 FILTERS, FILTER_COLUMNS = 24, 6  # of each layer: at most, and in a row
@@ -71,9 +72,10 @@ def first_layers(model: nn.Module, count: int = FILTERS) -> list[Layer]:
     gray = torch.full((1, 3, 32, 32), 0.5, device=next(model.parameters()).device, requires_grad=True)
     with _recorded(model) as outputs:
         model(gray)
+    parts = {part for module in model.modules() if isinstance(module, MirrorConv) for part in module.children()}
     layers = []
     for module, output in outputs:
-        if isinstance(module, nn.Conv2d | nn.Linear):
+        if isinstance(module, nn.Conv2d | nn.Linear | MirrorConv) and module not in parts:
             filters = _gradients(module.weight, output, gray, count)
             layers.append(Layer(module.weight.requires_grad, len(module.weight), filters))
             if module.weight.requires_grad:

@@ -26,7 +26,7 @@ from torch.nn.modules.module import register_module_parameter_registration_hook
 
 _PLACES = {  # by name, its module and the class or function in that
     "mlp": "mlp:MLP",
-    "groupnet": "groupnet:GroupNet",
+    "mirrornet": "mirrornet:MirrorNet",
     "original_cnn": "original:OriginalCNN",
     "resnet18": "resnet:resnet18",
 }

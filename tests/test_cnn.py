@@ -20,8 +20,8 @@ import train_cnn
 from common.command_line import exit_status
 from dataset import synthetic
 from models import WeightsError, create_model, default_arguments, list_models, load_model, save_model
-from models.groupnet import Group
-from models.layers import Conv3x3, Resize, Whitening, set_side
+from models.layers import Resize, set_side
+from models.mirrornet import Group, MirrorConv, MirrorNorm, MirrorWhitening
 from tests.helpers import (
     MACHINE,
     STEPS_PER_EPOCH,
@@ -39,11 +39,11 @@ from training.optimizers import Muon, NorMuon, make_optimizers
 from utils import load_cifar100, to_float
 
 SMALL_ARGUMENTS = {"widths": (32, 40, 36), "inner": (8, 16, 24), "side": 24}
-SMALL_GROUPNET = ("--widths", "8,8,12", "--inner", "8,8,8", "--epochs", "3", "--sides", "16,18,20",
+SMALL_MIRRORNET = ("--widths", "8,8,12", "--inner", "8,8,8", "--epochs", "3", "--sides", "16,18,20",
                   "--batch-size", "100")
 SMALL = {  # flags that make each recipe small
-    "fast": SMALL_GROUPNET,
-    "strong": SMALL_GROUPNET,
+    "fast": SMALL_MIRRORNET,
+    "strong": SMALL_MIRRORNET,
     "original": ("--epochs", "2", "--batch-size", "50"),
 }
 
@@ -73,7 +73,7 @@ def run_cnn(results_dir: Path, *flags: str) -> int:
 
 
 def train_small(results_dir: Path, *flags: str) -> int:
-    return run_cnn(results_dir, "--synthetic", *MACHINE, *SMALL_GROUPNET, *flags)
+    return run_cnn(results_dir, "--synthetic", *MACHINE, *SMALL_MIRRORNET, *flags)
 
 
 def small_model(name: str, **arguments: Any) -> nn.Module:
@@ -125,7 +125,7 @@ def test_every_network_can_be_trained_and_kept(name: str, images: Tensor, tmp_pa
                                atol=0.05, rtol=0.05)
 
 
-@pytest.mark.parametrize("model", ["groupnet", "original_cnn", "resnet18"])
+@pytest.mark.parametrize("model", ["mirrornet", "original_cnn", "resnet18"])
 def test_a_network_gets_the_settings_that_it_has_arguments_for(model: str) -> None:
     plain, changed = CNNSettings(model=model), CNNSettings(model=model, widths=(8, 9), inner=(2, 3), sides=(16, 20))
     arguments = train_cnn.network_arguments(changed)
@@ -137,7 +137,7 @@ def test_a_network_gets_the_settings_that_it_has_arguments_for(model: str) -> No
 
 def test_a_network_gets_no_setting_of_the_optimizer(monkeypatch: pytest.MonkeyPatch) -> None:
     """Even if it has an argument of that name."""
-    monkeypatch.setitem(models._MODELS, "groupnet", lambda momentum=0.1, lr=3, widths=(5,), inner=(1,): None)
+    monkeypatch.setitem(models._MODELS, "mirrornet", lambda momentum=0.1, lr=3, widths=(5,), inner=(1,): None)
     arguments = train_cnn.network_arguments(CNNSettings(momentum=0.9, lr=1.0, widths=(6,)))
     assert arguments == {"momentum": 0.1, "lr": 3, "widths": (6,), "inner": (1,)}
 
@@ -151,54 +151,120 @@ def test_reference_networks_have_their_known_size(name: str, parameters: int) ->
                                      {"widths": (8, 8, 8, 8), "inner": (2, 2, 2, 2)}])
 def test_impossible_arguments_are_refused_in_one_line(lengths: dict[str, Any]) -> None:
     with pytest.raises(WeightsError) as refusal:
-        create_model("groupnet", **lengths)
+        create_model("mirrornet", **lengths)
     assert "\n" not in str(refusal.value) and "widths and inner must each have 3 numbers" in str(refusal.value)
+
+
+@pytest.mark.parametrize("odd", [{"widths": (8, 9, 8), "inner": (8, 8, 8)}, {"widths": (8, 8, 8), "inner": (8, 8, 9)}])
+def test_an_odd_number_of_mirrored_filters_is_refused(odd: dict[str, Any]) -> None:
+    with pytest.raises(WeightsError, match="widths and inner must be even"):
+        create_model("mirrornet", **odd)
+
+
+def mirrored(maps: Tensor) -> Tensor:
+    """The maps of the mirror image: each mirrored, and the halves of their channels exchanged."""
+    return maps.flip(3).roll(maps.shape[1] // 2, 1)
+
+
+def common_filters(layer: MirrorConv) -> Tensor:
+    """The filters of a common convolution that computes the same, [outputs, inputs, size, size]."""
+    even, odd = (part.weight.squeeze(3).unflatten(1, (layer.size, -1)).unbind(1) for part in (layer.even, layer.odd))
+
+    def columns(same: tuple[Tensor, ...], other: tuple[Tensor, ...]) -> Tensor:
+        if layer.size == 1:
+            return same[0][..., None]
+        *center, outer, _ = same
+        return torch.stack([outer - other[-1], *center, outer + other[-1]], 3)
+
+    total, difference = columns(even, odd), columns(odd, even)
+    first = torch.cat([total + difference, total - difference], 1)
+    return torch.cat([first, mirrored(first)])
+
+
+@pytest.mark.parametrize("side", [2, 3, 4, 5])
+@pytest.mark.parametrize(("size", "same"), [(1, False), (2, False), (3, False), (1, True), (3, True)])
+def test_a_mirrored_convolution_is_one_with_mirrored_filters(size: int, same: bool, side: int) -> None:
+    torch.manual_seed(0)
+    layer, maps = MirrorConv(6, 4, size, same=same), torch.randn(3, 6, max(side, size), side + 1).requires_grad_()
+    expected = F.conv2d(maps, common_filters(layer), padding=size // 2 if same else 0)
+    torch.testing.assert_close(layer(maps), expected)
+    gradients = [torch.autograd.grad(out.square().sum(), (maps, *layer.parameters()))
+                 for out in (layer(maps), expected)]
+    torch.testing.assert_close(*gradients, atol=1e-4, rtol=1e-4)
+    torch.testing.assert_close(layer(mirrored(maps)), mirrored(expected))
 
 
 @pytest.mark.parametrize("side", [1, 2, 3, 4, 5])
 def test_small_maps_are_convolved_without_their_padding(side: int) -> None:
-    torch.manual_seed(0)
-    layer, maps = Conv3x3(7, 5), torch.randn(3, 7, side, side).requires_grad_()
-    expected = F.conv2d(maps, layer.weight, padding=1)
+    layer = MirrorConv(6, 4, 3, same=True)
     with FlopCounterMode(display=False) as counter:
-        convolved = layer(maps)
-    torch.testing.assert_close(convolved, expected)
-    products = {1: 1, 2: 16, 3: 49, 4: 100}.get(side, 9 * side**2)
-    assert counter.get_total_flops() == 2 * 3 * 7 * 5 * products
-    weight_gradients = [torch.autograd.grad(out.square().sum(), layer.weight)[0] for out in (convolved, expected)]
-    torch.testing.assert_close(*weight_gradients, atol=1e-4, rtol=1e-4)
+        layer(torch.zeros(3, 6, side, side))
+    rows = 3 * side - 2 if side <= 4 else 3 * side  # products of a row of weights and a row of pixels
+    assert counter.get_total_flops() == 2 * 3 * 2 * (9 * 2) * rows * side
 
 
 @pytest.mark.parametrize("side", [6, 7])
 @pytest.mark.parametrize("kernel", [2, 3])
 def test_a_group_computes_no_row_that_pooling_drops(kernel: int, side: int) -> None:
     torch.manual_seed(0)
-    group, maps = Group(4, 6, 3, kernel, (1, 1)), torch.randn(2, 4, side, side)
+    group, maps = Group(4, 6, 2, kernel, (1, 1)), torch.randn(2, 4, side, side)
     computed = []
     group.first.register_forward_hook(lambda layer, args, out: computed.append(out.shape[2]))
     group.norm.register_forward_pre_hook(lambda norm, args: computed.append(args[0]))
     group(maps)
     padded = F.pad(maps, ((kernel - 1) // 2, kernel // 2) * 2)
-    torch.testing.assert_close(computed[1], F.max_pool2d(F.conv2d(padded, group.first.weight), 2))
+    torch.testing.assert_close(computed[1], F.max_pool2d(F.conv2d(padded, common_filters(group.first)), 2))
     assert computed[0] == 6
 
 
 def test_a_new_group_passes_on_its_inputs() -> None:
+    """Each of its convolutions doubles them; in training, norms undo that."""
     group, maps = Group(4, 6, 4, 3, (3, 3)).eval(), torch.rand(2, 4, 8, 8)
-    passed = F.silu(F.max_pool2d(maps, 2))
-    torch.testing.assert_close(group(maps)[:, :4], passed + F.silu(F.silu(passed)), atol=1e-4, rtol=1e-4)
+    passed = F.silu(2 * F.max_pool2d(maps, 2))
+    torch.testing.assert_close(group(maps)[:, [0, 1, 3, 4]], passed + F.silu(2 * F.silu(2 * passed)),
+                               atol=1e-4, rtol=1e-4)
+
+
+@pytest.mark.parametrize(("side", "tolerance"), [(21, 1e-4), (29, 1e-4), (32, 1.0)])
+def test_a_mirrored_image_gives_mirrored_maps(side: int, tolerance: float, images: Tensor) -> None:
+    torch.manual_seed(0)
+    model = create_model("mirrornet", **{**SMALL_ARGUMENTS, "side": side}).eval()
+    model.fit_inputs(images)
+    for parameter in model.parameters():
+        if parameter.requires_grad:
+            parameter.data += 0.1 * torch.randn_like(parameter)
+    maps: list[Tensor] = []
+    for layer in (model.whiten, *model.groups, model.head):
+        layer.register_forward_hook(lambda layer, args, out: maps.append(out))
+    for batch in (images, images.flip(3)):
+        model(batch)
+    for plain, other in zip(maps[:4], maps[5:9], strict=True):
+        assert (other - mirrored(plain)).norm() < tolerance * plain.norm()
+    assert (maps[9] - maps[4]).norm() < tolerance * maps[4].norm()
+
+
+def test_both_halves_share_the_statistics_of_a_norm() -> None:
+    norm, maps = MirrorNorm(6), torch.randn(4, 6, 3, 5) * torch.arange(1, 7)[:, None, None]
+    first, second = norm(maps).detach().chunk(2, 1)
+    together = torch.cat([first, second], 3)
+    torch.testing.assert_close(together.mean((0, 2, 3)), torch.zeros(3), atol=1e-5, rtol=0)
+    torch.testing.assert_close(together.std((0, 2, 3), correction=0), torch.ones(3), atol=1e-4, rtol=0)
+    assert second[:, 0].std() > 3 * first[:, 0].std()
 
 
 def test_whitening_decorrelates_patches() -> None:
     torch.manual_seed(0)
     images = F.avg_pool2d(torch.rand(200, 3, 34, 34), 3, stride=1)  # neighbors alike, as in natural images
-    whiten = Whitening(epsilon=5e-4)
-    whiten.fit(images)
-    responses = whiten(images)[:, :12].transpose(0, 1).flatten(1)
-    covariance = torch.cov(responses)
-    torch.testing.assert_close(covariance, torch.diag(covariance.diag()), atol=0.05, rtol=0)
-    assert covariance.diag().min() > 0.6 and covariance.diag().max() < 1.05
-    assert torch.equal(whiten(images)[:, 12:], -whiten(images)[:, :12])
+    images = torch.cat([images, images.flip(3)])
+    whiten, weaker = MirrorWhitening(epsilon=1e-6), MirrorWhitening(epsilon=0.1)
+    for layer in (whiten, weaker):
+        layer.fit(images)
+    first, negative, second, _ = whiten(images).chunk(4, 1)
+    covariance = torch.cov(torch.cat([first, second], 1).transpose(0, 1).flatten(1))
+    torch.testing.assert_close(covariance, torch.eye(12), atol=0.01, rtol=0)
+    assert weaker(images).var((0, 2, 3)).max() < 0.5
+    assert torch.equal(negative, -first)
+    torch.testing.assert_close(whiten(images.flip(3)), mirrored(whiten(images)))
 
 
 def test_resizing_keeps_the_mean_and_can_be_changed(images: Tensor) -> None:
@@ -223,7 +289,7 @@ def test_sides_that_a_network_cannot_take_are_refused(tmp_path: Path, capsys: py
 
 
 def test_muon_sgd_gives_filters_to_muon_and_the_rest_to_sgd() -> None:
-    model = small_model("groupnet")
+    model = small_model("mirrornet")
     muon, sgd = make_optimizers(model, CNNSettings(optimizer="muon-sgd", lr=0.2, other_lr=0.01, precision="float32"))
     taken = [p for group in muon.param_groups for p in group["params"]]
     left = [p for group in sgd.param_groups for p in group["params"]]
@@ -271,11 +337,13 @@ def test_the_cost_of_an_epoch_depends_on_its_resolution() -> None:
     model = train_cnn.build_model(settings)
     per_epoch = loop.epoch_flops(model, 100, settings)
     forward = {}
-    for side, taps in ((24, 16), (32, 49)):  # products of a weight and a pixel in the last two maps: 2 x 2 and 3 x 3
-        groups = [(side - 2) ** 2 * 24 * 8 * 9 + 2 * (side // 2 - 1) ** 2 * 8 * 4,
-                  (side // 2 - 2) ** 2 * 8 * 12 * 9 + (side // 4 - 1) ** 2 * 12 * 6 * (9 + 1),
-                  (side // 4 - 2) ** 2 * 12 * 16 * 4 + 2 * taps * 16 * 10]
-        forward[side] = 2 * ((side - 1) ** 2 * 24 * 12 + sum(groups) + 16 * 100)
+    for side in (24, 32):
+        half, quarter, eighth = (side // shrunk - 1 for shrunk in (2, 4, 8))  # sides of the maps after each pooling
+        rows = 3 * eighth - 2  # products of a row of weights and a row of pixels that is no padding
+        groups = [(2 * half) ** 2 * 24 * 8 * 9 + 2 * half**2 * 8 * 4,
+                  (2 * quarter) ** 2 * 8 * 12 * 9 + quarter**2 * 12 * 6 * (9 + 1),
+                  (2 * eighth) ** 2 * 12 * 16 * 4 + 2 * rows * eighth * 16 * 10 * 3]
+        forward[side] = 2 * ((side - 1) ** 2 * 24 * 12 + sum(groups) // 2 + 8 * 100)  # mirrored filters take half
     assert per_epoch == [300 * forward[side] for side in (24, 24, 32, 32)]
     assert model.resize.side == 32
 
@@ -288,11 +356,11 @@ def test_refreshed_norms_match_the_current_weights() -> None:
     torch.manual_seed(0)
     split, _ = load_cifar100("", use_synthetic=True)
     split = split[torch.arange(400)]
-    model = small_model("groupnet")
+    model = small_model("mirrornet")
     images, norm = to_float(split.images), model.groups[2].widen_norm
     model.fit_inputs(images)
     loop.refresh_norms(model, split, 0, seed=0)
-    assert torch.equal(norm.running_mean, torch.zeros(36))
+    assert torch.equal(norm.running_mean, torch.zeros(18))
     with torch.no_grad():
         model.train()(0.1 * images)  # other statistics, of which nothing may remain
     loop.refresh_norms(model, split, 400, seed=0)
@@ -306,7 +374,7 @@ def test_refreshed_norms_match_the_current_weights() -> None:
 def test_every_recipe_trains_end_to_end(recipe: str, tmp_path: Path) -> None:
     assert run_cnn(tmp_path, "--synthetic", *MACHINE, "--recipe", recipe, *SMALL[recipe]) == 0
     run = tmp_path / f"{recipe}-s0"
-    model_name = train_cnn.RECIPES[recipe].get("model", "groupnet")
+    model_name = train_cnn.RECIPES[recipe].get("model", "mirrornet")
     assert read_json(run / "config.json")["settings"]["model"] == model_name
     first, *_, last = (float(row["train_loss"]) for row in metrics(run))
     assert last < first
@@ -411,6 +479,7 @@ def test_a_small_batch_is_memorized(recipe: str, flags: tuple[str, ...], tmp_pat
     (("--sides", "4"), "--sides"),
     (("--widths", "8,8"), "widths and inner must each have 3 numbers, one per group"),
     (("--widths", "8,8,8", "--inner", "8"), "widths and inner must each have 3 numbers, one per group"),
+    (("--widths", "8,8,9"), "widths and inner must be even"),
     (("--model", "original_cnn", "--widths", "8"), "--widths has no effect with --model original_cnn"),
     (("--model", "resnet18", "--inner", "2"), "--inner has no effect with --model resnet18"),
     (("--recipe", "nonsense"), "--recipe"),

@@ -151,7 +151,7 @@ PLACES = (create_pipe, link_to_a_device, create_folder)
 
 # ---- Weights --------------------------------------------------------------------------------------------------------
 
-TINY_GROUPNET = {"widths": [4, 4, 4], "inner": [2, 2, 2]}
+TINY_MIRRORNET = {"widths": [4, 4, 4], "inner": [2, 2, 2]}
 
 
 @pytest.fixture(scope="module")
@@ -159,7 +159,7 @@ def good(tmp_path_factory: pytest.TempPathFactory) -> bytes:
     """The weights file of a small network."""
     path = tmp_path_factory.mktemp("good") / "model.safetensors"
     torch.manual_seed(0)
-    save_model(create_model("groupnet", **TINY_GROUPNET), path)
+    save_model(create_model("mirrornet", **TINY_MIRRORNET), path)
     return path.read_bytes()
 
 
@@ -176,7 +176,7 @@ def with_header(header: dict[str, Any] | bytes, data: bytes = b"") -> bytes:
     return struct.pack("<Q", len(text)) + text + data
 
 
-def describing(content: bytes, arguments: Any, model: str = "groupnet") -> bytes:
+def describing(content: bytes, arguments: Any, model: str = "mirrornet") -> bytes:
     """The weights file with a description of another network; `arguments` are JSON if they are bytes."""
     size = header_size(content)
     text = arguments.decode() if isinstance(arguments, bytes) else json.dumps(arguments)
@@ -255,7 +255,7 @@ def test_a_damaged_weights_file_is_refused(good: bytes, tmp_path: Path) -> None:
     name = "head.weight"
     for content in (
         b"", b"not a weights file\n", random.Random(0).randbytes(5000), good[:-1], good[:100], good + b"\0",
-        save(tensors), save(tensors, {"model": "groupnet"}), save(tensors, {**metadata, "model": "resnet"}),
+        save(tensors), save(tensors, {"model": "mirrornet"}), save(tensors, {**metadata, "model": "resnet"}),
         save({**tensors, name: torch.zeros(100, 5)}, metadata), save({**tensors, "extra": torch.zeros(3)}, metadata),
         save({other: values for other, values in tensors.items() if other != name}, metadata),
     ):
@@ -284,19 +284,19 @@ def test_weights_with_a_header_that_does_not_fit_are_refused(header: Any, tmp_pa
 
 
 @pytest.mark.parametrize(("model", "arguments"), [
-    ("groupnet", {**TINY_GROUPNET, "widths": [10**9] * 3}),
-    ("groupnet", {**TINY_GROUPNET, "inner": [2, 2, 10**9]}),
-    ("groupnet", {**TINY_GROUPNET, "widths": [10**18] * 3}),
-    ("groupnet", {**TINY_GROUPNET, "widths": [10**400] * 3}),
-    ("groupnet", {"widths": [4] * 10**6, "inner": [2] * 10**6}),
-    ("groupnet", {"widths": [10**9] * 3, "inner": [10**9] * 3}),
-    ("groupnet", {**TINY_GROUPNET, "num_classes": 10**9}),
-    ("groupnet", {**TINY_GROUPNET, "num_classes": 10}),
-    ("groupnet", {**TINY_GROUPNET, "side": 10**9}),
-    ("groupnet", {**TINY_GROUPNET, "side": 1000}),
+    ("mirrornet", {**TINY_MIRRORNET, "widths": [10**9] * 3}),
+    ("mirrornet", {**TINY_MIRRORNET, "inner": [2, 2, 10**9]}),
+    ("mirrornet", {**TINY_MIRRORNET, "widths": [10**18] * 3}),
+    ("mirrornet", {**TINY_MIRRORNET, "widths": [10**400] * 3}),
+    ("mirrornet", {"widths": [4] * 10**6, "inner": [2] * 10**6}),
+    ("mirrornet", {"widths": [10**9] * 3, "inner": [10**9] * 3}),
+    ("mirrornet", {**TINY_MIRRORNET, "num_classes": 10**9}),
+    ("mirrornet", {**TINY_MIRRORNET, "num_classes": 10}),
+    ("mirrornet", {**TINY_MIRRORNET, "side": 10**9}),
+    ("mirrornet", {**TINY_MIRRORNET, "side": 1000}),
     ("mlp", {"widths": [10**9]}), ("mlp", {"widths": [1] * 10**6}), ("mlp", {"side": 10**9}),
     ("resnet18", {"side": 10**9}),
-    ("groupnet", {"widths": [10**9] * 3, "inner": [2, 2, 2]}), ("groupnet", {"widths": [4, 4, 10**9]}),
+    ("mirrornet", {"widths": [10**9] * 3, "inner": [2, 2, 2]}), ("mirrornet", {"widths": [4, 4, 10**9]}),
 ], ids=range(16))
 def test_a_gigantic_network_is_not_built(good: bytes, model: str, arguments: dict[str, Any], tmp_path: Path) -> None:
     refusal(tmp_path / "x.safetensors", describing(good, arguments, model))
@@ -305,11 +305,11 @@ def test_a_gigantic_network_is_not_built(good: bytes, model: str, arguments: dic
 @pytest.mark.parametrize("arguments", [
     b"", b"{", b"[" * 100_000, b"1e400", b"NaN", b'"\\ud800"', b"null", b"[1]", b'{"\\ud800": 1}',
     b'{"side": ' + 5000 * b"9" + b"}",
-    *({**TINY_GROUPNET, "side": side} for side in ("32", 0, -3, 1, None, [32], True, 1e400)),
+    *({**TINY_MIRRORNET, "side": side} for side in ("32", 0, -3, 1, None, [32], True, 1e400)),
     {"widths": 4, "inner": 2}, {"widths": "abc", "inner": "def"}, {"widths": dict(a=1, b=2, c=3), "inner": [2, 2, 2]},
-    *({**TINY_GROUPNET, "inner": inner} for inner in ([2, 2, 1.5], [2, 2, -2], [2, 2, True], [2, 2, 0], [2, 2, None])),
+    *({**TINY_MIRRORNET, "inner": inner} for inner in ([2, 2, 1.5], [2, 2, -2], [2, 2, True], [2, 2, 0], [2, 2, None])),
     {"widths": [4, 4], "inner": [2, 2]}, {"depth": 3},
-    {"name": "mlp"}, {"\x1b[31m": 1}, {10**6 * "x": 1}, {**TINY_GROUPNET, "num_classes": -10},
+    {"name": "mlp"}, {"\x1b[31m": 1}, {10**6 * "x": 1}, {**TINY_MIRRORNET, "num_classes": -10},
 ], ids=range(32))
 def test_arguments_of_wrong_types_are_refused(good: bytes, arguments: Any, tmp_path: Path) -> None:
     refusal(tmp_path / "x.safetensors", describing(good, arguments))
@@ -328,7 +328,7 @@ def test_weights_of_other_types_are_converted_or_refused(good: bytes, dtype: tor
     path = tmp_path / "x.safetensors"
     path.write_bytes(good)
     tensors = {name: values.to(dtype) for name, values in load_model(path).state_dict().items()}
-    save_file(tensors, path, {"model": "groupnet", "model_args": json.dumps(TINY_GROUPNET)})
+    save_file(tensors, path, {"model": "mirrornet", "model_args": json.dumps(TINY_MIRRORNET)})
     if dtype == torch.float8_e4m3fn:
         assert next(load_model(path).parameters()).dtype == torch.float32
     else:
@@ -896,8 +896,8 @@ def test_bombs_take_little_memory(finished: Path, interrupted: Path, good: bytes
         resuming(content)
     evaluating("predictions.npz", bombed_npz((HUGE // 200, 100), HUGE))
     evaluating("predictions.npz", bombed_npz((10**12, 100), 10**7))
-    evaluating("model.safetensors", describing(good, {**TINY_GROUPNET, "side": 10**9}))
-    evaluating("model.safetensors", describing(good, {**TINY_GROUPNET, "inner": [2, 2, 10**9]}))
+    evaluating("model.safetensors", describing(good, {**TINY_MIRRORNET, "side": 10**9}))
+    evaluating("model.safetensors", describing(good, {**TINY_MIRRORNET, "inner": [2, 2, 10**9]}))
     for content in headers:
         evaluating("model.safetensors", content)
     images: list[tuple[str | Path, ...]] = []

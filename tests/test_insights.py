@@ -78,7 +78,7 @@ def test_the_filters_of_an_mlp_are_seen_in_pixels() -> None:
 
 def test_random_weights_leave_the_network_as_it_is() -> None:
     """They replace trained layers only, and are the same each time."""
-    model = create_model("groupnet", widths=(8, 8, 8), inner=(4, 4, 4)).eval()
+    model = create_model("mirrornet", widths=(8, 8, 8), inner=(4, 4, 4)).eval()
     before, state = {name: tensor.clone() for name, tensor in model.state_dict().items()}, torch.get_rng_state()
     one, other = first_layers(with_random_weights(model)), first_layers(with_random_weights(model))
     assert all(torch.equal(tensor, before[name]) for name, tensor in model.state_dict().items())
@@ -196,7 +196,7 @@ def test_examples_are_confident_various_and_never_of_people() -> None:
 
 
 def test_figures_of_filters_and_looks_are_drawn(tmp_path: Path) -> None:
-    model = create_model("groupnet", widths=(16, 16, 16), inner=(8, 8, 8)).eval()
+    model = create_model("mirrornet", widths=(16, 16, 16), inner=(8, 8, 8)).eval()
     images = torch.randint(256, (6, 3, 32, 32), dtype=torch.uint8, generator=torch.Generator().manual_seed(0))
     probabilities, labels = np.full((6, 100), 0.01), np.arange(6)
     looks = looks_figure(model, images, probabilities, labels, {"right": labels[:3], "wrong": labels[3:5]}, FINE_NAMES,

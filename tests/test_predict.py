@@ -686,7 +686,7 @@ def test_an_export_gives_the_same_logits_for_any_batch(
     pytest.importorskip("onnxscript", reason="the export needs onnx and onnxscript (requirements-extra.txt)")
     onnxruntime = pytest.importorskip("onnxruntime", reason="the comparison needs onnxruntime (requirements-extra.txt)")
     torch.manual_seed(0)
-    model = create_model("groupnet", widths=(8, 16, 24), inner=(8, 8, 16)).eval()
+    model = create_model("mirrornet", widths=(8, 16, 24), inner=(8, 8, 16)).eval()
     save_model(model, tmp_path / "x.safetensors")
     assert run(results_dir, "--model", tmp_path / "x.safetensors", "--export", tmp_path / "x.onnx") == 0
     assert "differ from PyTorch's by at most" in capsys.readouterr().out
