@@ -40,7 +40,7 @@ CONTENT_DIGESTS = {  # of the official files; see `content_digest`
 OFFICIAL_ORDER = ROOT / "dataset" / "official-order.npy"  # uint16 [60000]; see `_in_official_order`
 VAL_PER_CLASS = 50
 NOISE = 0.1  # the largest standard deviation of the noise in `corrupt`, for images in [0, 1]
-ZOOM, STRETCH, ROTATION = 0.15, 0.075, math.radians(10)  # the largest changes in `affine`
+ZOOM, STRETCH, ROTATION = 0.15, 0.075, math.radians(10)  # the largest changes in `affine`: docs/experiments.md
 
 
 # ---- The dataset ----------------------------------------------------------------------------------------------------
@@ -297,9 +297,10 @@ def jitter(images: Tensor, strength: float, generator: torch.Generator) -> Tenso
 
 
 def affine(images: Tensor, share: float, generator: torch.Generator) -> Tensor:
-    """Zoom, stretch and rotate the last `share` of a batch about the centers, reflected at the edges.
+    """Zoom, stretch and rotate the last `share` of a batch (`corrupt` changes the first); float32 [B, C, H, W].
 
-    images: float32 [B, C, H, W]. Each image is changed at random, by up to ZOOM, STRETCH and ROTATION.
+    Each of these images is scaled by up to 15%, its height and width by up to 7.5% in opposite directions, and it is
+    turned by up to 10 degrees, about its center and uniformly at random. Pixels beyond its edges are reflected.
     """
     count = round(share * len(images))
     if not count:
@@ -308,7 +309,7 @@ def affine(images: Tensor, share: float, generator: torch.Generator) -> Tensor:
     zoom, stretch, angle = 2 * torch.rand(3, count, generator=generator).to(images.device) - 1
     zoom, stretch, angle = 1 + ZOOM * zoom, 1 + STRETCH * stretch, ROTATION * angle
     cosine, sine, zero = angle.cos(), angle.sin(), torch.zeros_like(angle)
-    rows = zoom * torch.stack([stretch * cosine, -sine, zero, sine, cosine / stretch, zero])
+    rows = zoom * torch.stack([stretch * cosine, -sine / stretch, zero, stretch * sine, cosine / stretch, zero])
     grid = F.affine_grid(rows.T.view(-1, 2, 3), list(changed.shape), align_corners=False)
     return torch.cat([same, F.grid_sample(changed, grid, padding_mode="reflection", align_corners=False)])
 

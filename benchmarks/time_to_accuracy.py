@@ -7,11 +7,11 @@
 
 We rebuilt the others from their published settings, without the parts that cost nothing (schedules) or nearly nothing
 (the speedrun's lookahead, ResNet-18's warm-up epoch and rotations). NAVIER-STOKED computes all that its authors' code
-does: our network leaves out the rows that pooling drops and the padding of small maps. We time real training steps
-(augmentation, forward, backward, optimizer) at every resolution that a recipe uses. All contestants take turns over
-several rounds, and the median is multiplied by the recipe's epochs on 50,000 images. Nothing is trained to the end:
-accuracies are the authors' own and, for our recipes, those in results/results.json. Takes about five minutes on two CPU
-cores.
+does: our network has filters in mirrored pairs, and leaves out the rows that pooling drops and the padding of small
+maps. We time real training steps (augmentation, forward, backward, optimizer) at every resolution that a recipe uses.
+All contestants take turns over several rounds, and the median is multiplied by the recipe's epochs on 50,000 images.
+Nothing is trained to the end: accuracies are the authors' own and, for our recipes, those in results/results.json.
+Takes about five minutes on two CPU cores.
 """
 
 import itertools
@@ -105,7 +105,7 @@ def speedrun_model() -> nn.Module:
 
 
 class _NavierGroup(nn.Module):
-    """As models/mirrornet.py's Group, with common filters and every operation."""
+    """Our group (models/mirrornet.py) with ordinary filters, all rows that pooling drops, and all padding."""
 
     def __init__(self, inputs: int, outputs: int, middle: int, first: int, pair: tuple[int, int]) -> None:
         super().__init__()
@@ -124,7 +124,7 @@ class _NavierGroup(nn.Module):
 
 
 class NavierNet(nn.Module):
-    """NAVIER-STOKED's network (github.com/AIDDA-Institute/CIFAR-100-speedrun): ours, without mirrored filters."""
+    """NAVIER-STOKED's network (github.com/AIDDA-Institute/CIFAR-100-speedrun): ours, with ordinary filters."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -135,7 +135,7 @@ class NavierNet(nn.Module):
         self.head = nn.Linear(768, 100, bias=False)
 
     def fit_inputs(self, images: Tensor) -> None:
-        """The training loop expects it; here, costs do not depend on the filters of the whitening."""
+        """Do nothing: the cost does not depend on the filters of the whitening."""
 
     def forward(self, images: Tensor) -> Tensor:
         x = self.groups(F.silu(self.whiten(self.resize(images))))

@@ -56,7 +56,10 @@ def _recorded(model: nn.Module) -> Iterator[list[tuple[nn.Module, Tensor]]]:
 
 @dataclass(frozen=True)
 class Layer:
-    """A layer of `total` units, some of which are in `filters`, float32 [units, 3, h, w], as they act on pixels."""
+    """A layer of `total` units, some of which are in `filters`, float32 [units, 3, h, w], as they act on pixels.
+
+    Of filters that come in mirrored pairs, one of each pair counts.
+    """
 
     trained: bool
     total: int
@@ -72,6 +75,7 @@ def first_layers(model: nn.Module, count: int = FILTERS) -> list[Layer]:
     gray = torch.full((1, 3, 32, 32), 0.5, device=next(model.parameters()).device, requires_grad=True)
     with _recorded(model) as outputs:
         model(gray)
+    # A MirrorConv computes its filters with two layers of its own; its `weight` has a row per pair of them.
     parts = {part for module in model.modules() if isinstance(module, MirrorConv) for part in module.children()}
     layers = []
     for module, output in outputs:

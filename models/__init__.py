@@ -73,7 +73,7 @@ def create_model(name: str, **kwargs: Any) -> nn.Module:
         arguments = inspect.signature(_MODELS[name]).bind(**kwargs)
         arguments.apply_defaults()  # a weights file must not depend on future defaults
         model: Any = _MODELS[name](**arguments.arguments)
-    except (TypeError, ValueError) as error:
+    except (RuntimeError, TypeError, ValueError) as error:
         raise WeightsError(f"the model {name} cannot be created with {kwargs}: {error}") from error
     model.model_name, model.model_args = name, dict(arguments.arguments)
     model.temperature, model.classes = 1.0, ()

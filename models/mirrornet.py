@@ -1,4 +1,4 @@
-"""Our convolutional network, which takes an image and its mirror image for the same."""
+"""Our convolutional network, whose filters come in mirrored pairs."""
 
 import functools
 from collections.abc import Sequence
@@ -13,7 +13,7 @@ WHITENING_SAMPLE = 1000  # images, each with hundreds of 2x2 patches
 WHITENING_EPSILON = 0.03  # with less, the finest patterns, which are mostly noise, are amplified
 LOGIT_SCALE = 1.25 / 9
 KERNELS = ((3, (1, 1)), (3, (3, 1)), (2, (3, 3)))  # sizes, by group: of its first convolution, and of its residual pair
-SMALL = 4  # pixels a side of a map that is convolved without its padding
+SMALL = 4  # rows of a map that is convolved without its padding, on CPUs
 
 
 class MirrorNet(nn.Module):
@@ -23,12 +23,13 @@ class MirrorNet(nn.Module):
     initialization and the scaled sum of maximum and mean pooling are those of NAVIER-STOKED, 2026
     (github.com/AIDDA-Institute/CIFAR-100-speedrun); the whitening is from K. Jordan, 2024, arXiv 2404.00498.
 
-    The channels of every map are two halves. A mirrored image gives the mirrored maps with these halves exchanged, so
-    the second half looks for what the first one does, the other way round, and the logits stay the same. That is exact
-    wherever a map is padded equally on both sides, as with a side of 21, 29 or 37, and nearly so with other sides.
+    The channels of every map are two halves. The second half has the filters of the first, mirrored. If an image is
+    mirrored, its maps are mirrored and the halves change places. The head pools over both halves, so the logits stay
+    the same. This is exact with a side of 21, 29 or 37, where each map is padded equally on both sides. With others,
+    such as 32, pooling drops the last column of odd maps, and the logits change a little.
 
-    widths: filters of each group; inner: filters between the two convolutions of its residual pair; all even. side:
-    images are scaled to side x side pixels first.
+    widths: filters of each group; inner: filters between the two convolutions of its residual pair. All must be even.
+    side: images are scaled to side x side pixels first.
     forward: float32 [N, 3, H, W] in [0, 1] -> logits [N, num_classes].
     """
 
@@ -37,6 +38,8 @@ class MirrorNet(nn.Module):
         super().__init__()
         if not len(widths) == len(inner) == len(KERNELS):
             raise ValueError(f"widths and inner must each have {len(KERNELS)} numbers, one per group")
+        if any(count % 2 for count in (*widths, *inner)):
+            raise ValueError("widths and inner must be even: filters come in mirrored pairs")
         self.resize = Resize(side)
         self.whiten = MirrorWhitening(WHITENING_EPSILON)
         inputs = self.whiten.out_channels
@@ -52,7 +55,7 @@ class MirrorNet(nn.Module):
         self.whiten.fit(images[:WHITENING_SAMPLE])
 
     def forward(self, images: Tensor) -> Tensor:
-        x = beside(self.groups(F.silu(self.whiten(self.resize(images)))))
+        x = side_by_side(self.groups(F.silu(self.whiten(self.resize(images)))))
         return self.head(x.amax((2, 3)) + x.mean((2, 3))) * LOGIT_SCALE
 
 
@@ -64,47 +67,43 @@ class Group(nn.Module):
 
     def __init__(self, inputs: int, outputs: int, middle: int, first: int, pair: tuple[int, int]) -> None:
         super().__init__()
-        self.first, self.norm = MirrorConv(inputs, outputs, first), MirrorNorm(outputs)
-        self.narrow, self.narrow_norm = MirrorConv(outputs, middle, pair[0], same=True), MirrorNorm(middle)
-        self.widen, self.widen_norm = MirrorConv(middle, outputs, pair[1], same=True), MirrorNorm(outputs)
+        self.first, self.norm = MirrorConv(inputs, outputs, first), Norm(outputs // 2)
+        self.narrow, self.narrow_norm = MirrorConv(outputs, middle, pair[0], same=True), Norm(middle // 2)
+        self.widen, self.widen_norm = MirrorConv(middle, outputs, pair[1], same=True), Norm(outputs // 2)
 
     def forward(self, x: Tensor) -> Tensor:
         size, odd = self.first.size, x.shape[2] % 2
         x = F.pad(x, 2 * ((size - 1) // 2, size // 2 - odd))  # without an odd row and column: pooling would drop them
-        x = F.silu(self.norm(F.max_pool2d(self.first(x), 2)))
-        branch = F.silu(self.narrow_norm(self.narrow(x)))
-        return x + F.silu(self.widen_norm(self.widen(branch)))
+        x = F.silu(normalized(F.max_pool2d(self.first(x), 2), self.norm))
+        branch = F.silu(normalized(self.narrow(x), self.narrow_norm))
+        return x + F.silu(normalized(self.widen(branch), self.widen_norm))
 
 
 # ---- Mirrored layers ------------------------------------------------------------------------------------------------
 
 
-def beside(x: Tensor) -> Tensor:
-    """Put the pixels of both halves of the channels beside each other: [N, C, H, W] -> [N, C / 2, H, 2 W].
+def side_by_side(x: Tensor) -> Tensor:
+    """Put the second half of the channels next to the first, pixel by pixel: [N, C, H, W] -> [N, C / 2, H, 2 W].
 
     In channels_last order nothing is copied.
     """
     return x.permute(0, 2, 3, 1).unflatten(3, (2, -1)).flatten(2, 3).permute(0, 3, 1, 2)
 
 
-class MirrorNorm(Norm):
-    """Batch normalization in which a filter and its mirror image share their statistics: [N, C, H, W] -> the same."""
-
-    def __init__(self, channels: int) -> None:
-        super().__init__(channels // 2)
-
-    def forward(self, x: Tensor) -> Tensor:
-        pixels = super().forward(beside(x)).permute(0, 2, 3, 1)
-        return pixels.unflatten(2, (-1, 2)).flatten(3).permute(0, 3, 1, 2)
+def normalized(x: Tensor, norm: nn.Module) -> Tensor:
+    """Apply a norm of C / 2 channels, so that a filter and its mirror image share their statistics: [N, C, H, W]."""
+    pixels = norm(side_by_side(x)).permute(0, 2, 3, 1)
+    return pixels.unflatten(2, (-1, 2)).flatten(3).permute(0, 3, 1, 2)
 
 
 class MirrorWhitening(nn.Conv2d):
-    """Projections of 2x2 patches, scaled to unit variance, that are uncorrelated: float32 [N, 3, H, W] -> [N, 24, ...].
+    """Whitening of 2x2 patches with filters in mirrored pairs: float32 [N, 3, H, W] -> [N, 24, H - 1, W - 1].
 
-    Six filters and their negatives, then the mirror images of these twelve. Mirroring leaves the sums of a patch's two
-    columns and turns the sign of their differences, so both have principal directions of their own. A filter is the
-    sum of one of each; its mirror image is their difference. The filters are fitted once and not trained (arXiv
-    2404.00498); before `fit` they are random. Height and width shrink by one pixel.
+    Six filters, their negatives, and the mirror images of these twelve. Mirroring a patch keeps the sum of its two
+    columns and negates their difference. `fit` computes the principal directions of both, each scaled to equal
+    variance. A filter is a direction of sums plus one of differences; its mirror image is the first minus the second.
+    On images and their mirror images, the six and their mirror images have unit variance and no correlation. Filters
+    are fitted once and not trained (arXiv 2404.00498); before `fit` they are random and not mirrored.
 
     epsilon: added to each variance, so that directions of pure noise are not amplified.
     """
@@ -118,7 +117,7 @@ class MirrorWhitening(nn.Conv2d):
     def fit(self, images: Tensor) -> None:
         """Fit the filters to the patches of training images, float32 [N, 3, H, W] in [0, 1]."""
         left, right = F.unfold(images, 2).transpose(1, 2).reshape(-1, 6, 2).unbind(2)
-        filters = torch.zeros(6, 6, 2, dtype=images.dtype)
+        filters = images.new_zeros(6, 6, 2)
         for sign in (1, -1):
             variances, directions = torch.linalg.eigh(torch.cov((left + sign * right).T).double() / 2)
             scaled = (directions / (variances + self.epsilon).sqrt()).T / 2
@@ -129,61 +128,65 @@ class MirrorWhitening(nn.Conv2d):
 
 
 class MirrorConv(nn.Module):
-    """A convolution with mirrored filters: [N, inputs, H, W] -> [N, outputs, H', W'].
+    """A convolution whose filters come in mirrored pairs: [N, inputs, H, W] -> [N, outputs, H', W'].
 
-    The filters of the second half of the outputs are those of the first half mirrored, with the halves of the inputs
-    exchanged (group convolution: Cohen and Welling 2016, arXiv 1602.07576). So the sum of both halves of the outputs
-    needs of the inputs only what mirroring leaves as it is, and their difference only what changes its sign: sums and
-    differences of the halves, and of the outer columns under the filter. Each takes half of the weights of a common
-    convolution, and both together half of its operations or fewer (Bökman et al. 2025, arXiv 2502.05169). Without
-    their factors of 1/2: a norm follows.
+    Call the halves of the input channels a and b. Filter i of the second half of the outputs is filter i of the first
+    half, mirrored, with its weights for a and b exchanged (Cohen and Welling 2016, arXiv 1602.07576). So mirroring the
+    input and exchanging its halves does the same to the output.
 
-    size: of the filters, 1, 2 or 3; same: keep height and width, by padding, which needs an odd size. Raises ValueError
-    for an odd number of inputs or outputs.
+    It is computed from sums and differences (Bökman et al. 2025, arXiv 2502.05169). Let p = a + b and q = a - b, and
+    take two columns, left and right of the center. Mirroring leaves p[center], p[left] + p[right] and
+    q[right] - q[left] as they are: these are even. It negates q[center], q[left] + q[right] and p[right] - p[left]:
+    these are odd. The sum of an output and its mirrored partner depends only on the even ones, their difference only on
+    the odd ones. So `even` and `odd` together have half of the weights of an ordinary convolution, and take half of its
+    operations. We omit factors of 1/2, since a norm follows.
+
+    size: of the filters, 1, 2 or 3; same: keep height and width by padding, which needs an odd size.
     """
 
     def __init__(self, inputs: int, outputs: int, size: int, *, same: bool = False) -> None:
         super().__init__()
-        if inputs % 2 or outputs % 2:
-            raise ValueError("widths and inner must be even: filters come with their mirror images")
         self.size, self.padding = size, size // 2 if same else 0
         self.even, self.odd = (nn.Conv2d(size * inputs // 2, outputs // 2, (size, 1), bias=False,
                                          padding=(self.padding, 0)) for _ in range(2))
         middle = (size - 1) // 2
         for weight in (self.even.weight.detach(), self.odd.weight.detach()):
-            weight[:inputs // 2] = 0  # before training, it passes on its inputs as they are
+            # Before training, filter i passes on channel i, times a factor that a norm removes. nn.init.dirac_ would
+            # loop over all filters that a hostile file claims.
+            weight[:inputs // 2] = 0
             weight[:, :, middle, 0].diagonal()[:inputs // 2].fill_(1)
 
     @property
     def weight(self) -> Tensor:
-        """The weights of each filter of the first half, [outputs / 2, size * inputs, size, 1]."""
+        """The weights of the pairs of filters, [outputs / 2, size * inputs, size, 1]."""
         return torch.cat([self.even.weight, self.odd.weight], 1)
 
     def forward(self, x: Tensor) -> Tensor:
-        pixels = F.pad(x, 2 * (self.padding,) + (0, 0)).permute(0, 2, 3, 1)
-        first, second = pixels.unflatten(3, (2, -1)).unbind(3)
-        total, difference = first + second, first - second
-        even = _convolve(self._columns(total, difference), self.even)
-        odd = _convolve(self._columns(difference, total), self.odd)
+        if self.padding:
+            x = F.pad(x, (1, 1, 0, 0))  # `even` and `odd` pad the height
+        first, second = x.permute(0, 2, 3, 1).unflatten(3, (2, -1)).unbind(3)
+        p, q = first + second, first - second
+        even = _convolve(self._columns(p, q), self.even)
+        odd = _convolve(self._columns(q, p), self.odd)
         return torch.stack([even + odd, even - odd], 3).flatten(3).permute(0, 3, 1, 2)
 
-    def _columns(self, same: Tensor, other: Tensor) -> Tensor:
-        """What mirroring leaves of the columns under a filter, for `same`, which it leaves, and `other`, whose sign it
-        changes; for exchanged arguments, what changes its sign. [N, H, W, C] -> [N, H, W + 1 - size, size * C].
+    def _columns(self, x: Tensor, y: Tensor) -> Tensor:
+        """The even combinations of the columns under a filter, from even `x` and odd `y`; or, exchanged, the odd ones.
+
+        [N, H, W, C] each -> [N, H, W + 1 - size, size * C].
         """
         if self.size == 1:
-            return same
+            return x
         far = self.size - 1
-        outer = [same[:, :, :-far] + same[:, :, far:], other[:, :, far:] - other[:, :, :-far]]
-        return torch.cat([*([same[:, :, 1:-1]] if self.size == 3 else []), *outer], 3)
+        center = [x[:, :, 1:-1]] if self.size == 3 else []
+        return torch.cat([*center, x[:, :, :-far] + x[:, :, far:], y[:, :, far:] - y[:, :, :-far]], 3)
 
 
 def _convolve(x: Tensor, layer: nn.Conv2d) -> Tensor:
-    """A convolution along the height: [N, H, W, C] -> [N, H', W, D].
+    """A convolution along the height, without bias: [N, H, W, C] -> [N, H', W, D].
 
-    Small maps are mostly edge: of the nine products of a row of weights and a row of pixels that a map of height 3
-    takes, two multiply padding. So those of up to SMALL pixels are computed row by row, without the padding. On CPUs
-    that is also faster.
+    Small maps are mostly edge: in a map of three rows, two of the nine products of a row of weights and a row of pixels
+    multiply padding. So maps of up to SMALL rows are computed row by row, without it. On CPUs that is also faster.
     """
     height, padding = x.shape[1], layer.padding[0]
     if x.device.type != "cpu" or not padding or height > SMALL:

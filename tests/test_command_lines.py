@@ -45,7 +45,7 @@ FIELDS = {f.name: f for module in TRAINING.values() for f in dataclasses.fields(
 
 # A test that really trains adds these flags, and draws values from these instead of the whole range.
 HERE = ("--synthetic", "--device", "cpu", "--threads", "1", "--quiet")
-LIGHT = {"epochs": ("1", "2"), "batch_size": ("2", "7", "50", "50000"), "widths": ("1", "8", "4,4", "4,4,4", "8,1,3"),
+LIGHT = {"epochs": ("1", "2"), "batch_size": ("2", "7", "50", "50000"), "widths": ("1", "8", "4,4", "8,1,3", "8,2,6"),
          "inner": ("1", "4,4", "4,4,4", "8,1,3"), "sides": ("8", "9", "12,16", "16,8,17"), "threads": ("1",),
          "device": ("cpu",), "compile": ()}
 

@@ -67,6 +67,16 @@ def test_the_filters_of_a_convolution_are_its_weights() -> None:
     np.testing.assert_allclose(layer.filters, weights[order], rtol=1e-5)
 
 
+def test_mirrored_filters_are_one_layer() -> None:
+    """The filters of a pair's first half are shown, as they act on pixels, and not its two parts."""
+    torch.manual_seed(0)
+    model = create_model("mirrornet", widths=(8, 8, 8), inner=(4, 4, 4)).eval()
+    nn.init.normal_(model.groups[0].first.even.weight)
+    whitening, trained = first_layers(model)
+    assert (whitening.trained, whitening.total, trained.trained, trained.total) == (False, 24, True, 4)
+    assert not np.allclose(np.abs(trained.filters), np.abs(trained.filters[..., ::-1]), rtol=0.1)
+
+
 def test_the_filters_of_an_mlp_are_seen_in_pixels() -> None:
     """A network with side 16 averages 2x2 pixels, of which each then has a quarter of the weight."""
     model = create_model("mlp", widths=(5, 4), side=16).eval()
@@ -204,7 +214,7 @@ def test_figures_of_filters_and_looks_are_drawn(tmp_path: Path) -> None:
     assert sum(len(axes.images) for axes in looks.axes) == 2 * 5 and len(looks.axes) == 4 * EXAMPLES
     filters = filters_figure({"a": model, "b": create_model("mlp", widths=(8,), side=8).eval()}, "filters")
     assert [axes.get_title(loc="left") for axes in filters.axes] == [
-        "a, layer 1, fixed: all 24", "a, layer 2, with random weights", "a, layer 2, trained: all 16",
+        "a, layer 1, fixed: all 24", "a, layer 2, with random weights", "a, layer 2, trained: all 8",
         "b, layer 1, with random weights", "b, layer 1, trained: all 8"]
     for figure in (looks, filters):
         save_figure(figure, tmp_path / "figure.png")
