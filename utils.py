@@ -40,7 +40,6 @@ CONTENT_DIGESTS = {  # of the official files; see `content_digest`
 OFFICIAL_ORDER = ROOT / "dataset" / "official-order.npy"  # uint16 [60000]; see `_in_official_order`
 VAL_PER_CLASS = 50
 NOISE = 0.1  # the largest standard deviation of the noise in `corrupt`, for images in [0, 1]
-ZOOM, STRETCH, ROTATION = 0.15, 0.075, math.radians(10)  # the largest changes in `affine`: docs/experiments.md
 
 
 # ---- The dataset ----------------------------------------------------------------------------------------------------
@@ -228,8 +227,7 @@ class Augmentation:
 
     flip: mirror images left to right at random; alternate: flip each image in every other epoch instead (Jordan 2024,
     arXiv 2404.00498); crop: shift by up to `crop` pixels, reflected at the edges; jitter: change brightness and
-    contrast by up to this fraction; corrupt: the fraction of images that `corrupt` makes noisy, coarse or blurred;
-    affine: the fraction that `affine` zooms, stretches and rotates.
+    contrast by up to this fraction; corrupt: the fraction of images that `corrupt` makes noisy, coarse or blurred.
     """
 
     flip: bool = False
@@ -237,7 +235,6 @@ class Augmentation:
     crop: int = 0
     jitter: float = 0.0
     corrupt: float = 0.0
-    affine: float = 0.0
 
 
 def derived_seed(*key: int | str) -> int:
@@ -273,7 +270,6 @@ def batches(
         index = index.to(split.images.device)
         images = to_float(augment(split.images[index], augmentation, generator, flipped))
         images = jitter(images, augmentation.jitter, generator)
-        images = affine(images, augmentation.affine, generator)
         yield corrupt(images, augmentation.corrupt, generator), split.fine_labels[index]
 
 
@@ -294,24 +290,6 @@ def jitter(images: Tensor, strength: float, generator: torch.Generator) -> Tenso
     drawn = torch.rand(2, len(images), 1, 1, 1, generator=generator).to(images.device)
     contrast, brightness = strength * (2 * drawn - 1)
     return (images - 0.5) * (1 + contrast) + 0.5 + brightness
-
-
-def affine(images: Tensor, share: float, generator: torch.Generator) -> Tensor:
-    """Zoom, stretch and rotate the last `share` of a batch (`corrupt` changes the first); float32 [B, C, H, W].
-
-    Each of these images is scaled by up to 15%, its height and width by up to 7.5% in opposite directions, and it is
-    turned by up to 10 degrees, about its center and uniformly at random. Pixels beyond its edges are reflected.
-    """
-    count = round(share * len(images))
-    if not count:
-        return images
-    same, changed = images.split([len(images) - count, count])
-    zoom, stretch, angle = 2 * torch.rand(3, count, generator=generator).to(images.device) - 1
-    zoom, stretch, angle = 1 + ZOOM * zoom, 1 + STRETCH * stretch, ROTATION * angle
-    cosine, sine, zero = angle.cos(), angle.sin(), torch.zeros_like(angle)
-    rows = zoom * torch.stack([stretch * cosine, -sine / stretch, zero, stretch * sine, cosine / stretch, zero])
-    grid = F.affine_grid(rows.T.view(-1, 2, 3), list(changed.shape), align_corners=False)
-    return torch.cat([same, F.grid_sample(changed, grid, padding_mode="reflection", align_corners=False)])
 
 
 def corrupt(images: Tensor, share: float, generator: torch.Generator) -> Tensor:

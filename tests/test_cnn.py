@@ -395,7 +395,7 @@ def test_every_recipe_trains_end_to_end(recipe: str, tmp_path: Path) -> None:
 def test_recipes_keep_within_their_flop_budgets(recipe: str, budget: float) -> None:
     settings = train_cnn.SCRIPT.recipe_settings(recipe)
     flops = sum(loop.epoch_flops(train_cnn.build_model(settings), 50_000, settings))
-    assert 0.9 * budget < flops <= budget
+    assert 0.5 * budget < flops <= budget
 
 
 @pytest.mark.parametrize(("flags", "side"), [((), 20), (("--epochs", "2"), 18), (("--epochs", "1"), 16)])
@@ -474,7 +474,7 @@ def test_a_run_resumed_at_any_resolution_equals_a_whole_one(
 
 
 @pytest.mark.parametrize(("recipe", "flags"), [
-    ("fast", ("--widths", "48,48,48", "--inner", "32,32,32", "--sides", "20")),
+    ("fast", ("--widths", "64,128,256", "--inner", "32,64,128", "--sides", "20")),
     ("original", ()),
 ])
 def test_a_small_batch_is_memorized(recipe: str, flags: tuple[str, ...], tmp_path: Path) -> None:

@@ -250,7 +250,7 @@ def last_lines(script: Script, results_dir: Path, capsys: pytest.CaptureFixture[
     (train_mlp.SCRIPT, "--epochs 5", "train for all 60 epochs: python train_mlp.py --seed 0"),
     (train_mlp.SCRIPT, "--epochs 5 --synthetic", "train on CIFAR-100: python train_mlp.py --seed 0"),
     (train_cnn.SCRIPT, "--epochs 1 --model resnet18 --seed 3",
-     "train for all 9 epochs: python train_cnn.py --model resnet18 --seed 3"),
+     "train for all 13 epochs: python train_cnn.py --model resnet18 --seed 3"),
     (train_mlp.SCRIPT, "--train-on-all --epochs 5", "measure it on the test set: python evaluate.py mlp-s0"),
     (train_cnn.SCRIPT, "", "try next: python train_cnn.py --recipe strong"),
     (train_cnn.SCRIPT, "--recipe strong --epochs 1",

@@ -19,7 +19,7 @@ from utils import NUM_IMAGES, Augmentation, default_data_dir
 MAX_RATE = 1e30  # a learning rate; times its largest factor it still fits in float32
 MIN_MIXUP = 1e-6  # below this alpha, no batch is mixed
 MAX_NUMBERS = 100  # in a setting that is a list
-AUGMENTING = ("flip", "crop", "jitter", "corrupt", "affine", "mixup")  # settings that change training images
+AUGMENTING = ("flip", "crop", "jitter", "corrupt", "mixup")  # settings that change training images
 _BOUNDS = (("low", "at least", operator.lt), ("above", "above", operator.le), ("high", "at most", operator.gt))
 
 
@@ -77,8 +77,6 @@ class Settings:
                             low=0, high=1, one_batch=False)
     corrupt: float = setting(0.0, "make this fraction of training images noisy, coarse or blurred", low=0, high=1,
                              one_batch=False)
-    affine: float = setting(0.0, "zoom, stretch and rotate this fraction of training images at random", low=0, high=1,
-                            one_batch=False)
     mixup: float = setting(0.0, "alpha of MixUp's Beta distribution; 0 turns MixUp off", low=0,
                            high=1_000_000, one_batch=False)
 
