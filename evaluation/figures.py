@@ -280,7 +280,7 @@ def accuracy_against(series: dict[str, dict[str, tuple[float, float, float | Non
         bars = [math.nan if deviation is None else deviation for deviation in deviations]
         axes.errorbar(costs, accuracies, bars, fmt=marker, color=color, capsize=4, label=label)
     axes.set(ylabel="test top-1 accuracy (%)")
-    axes.margins(x=0.15, y=0.15)
+    axes.margins(x=0.25, y=0.15)
     _logarithmic(axes, xlabel)
     _name_points(axes, [(name, cost, accuracy, color) for points, color in zip(series.values(), PALETTE, strict=False)
                         for name, (cost, accuracy, _) in points.items()])
@@ -299,11 +299,13 @@ def _name_points(axes: Any, points: list[tuple[str, float, float, str]], size: f
     for (name, x, y, color), (left, up) in zip(points, places, strict=True):
         half = 0.3 * size * len(name)  # of its width
         offsets = ((0, 1.3 * size, "center"), (0, -1.3 * size, "center"), (size, 0, "left"), (-size, 0, "right"),
+                   *((dx * size, dy * size, align) for dx, align in ((-1, "right"), (1, "left")) for dy in (-1.2, 1.2)),
                    (0, 2.6 * size, "center"))
         boxes = [(left + dx + {"center": 0, "left": half, "right": -half}[align], up + dy, half, 0.6 * size)
                  for dx, dy, align in offsets]
-        free = [all(abs(box[0] - other[0]) > box[2] + other[2] or abs(box[1] - other[1]) > box[3] + other[3]
-                    for other in taken) for box in boxes]
+        free = [half < box[0] < scale[0] - half
+                and all(abs(box[0] - other[0]) > box[2] + other[2] or abs(box[1] - other[1]) > box[3] + other[3]
+                        for other in taken) for box in boxes]
         best = free.index(True) if any(free) else 0
         taken.append(boxes[best])
         dx, dy, align = offsets[best]
@@ -355,6 +357,6 @@ def _costs_and_accuracies(
         known = {row["recipe"]: row["train_flops"] for row in rows}
     ours = {row["recipe"]: (known[row["recipe"]], row["top1"]["mean"], row["top1"]["std"])
             for row in rows if row["recipe"] in known}
-    others = {re.split(", |/", row["name"])[-1]: (row[cost], row["accuracy"], None)
+    others = {re.split(", |/", row["name"])[-1].replace(" epochs)", ")"): (row[cost], row["accuracy"], None)
               for row in measured if not row["name"].startswith(OURS)}
     return {"ours": ours} | ({"published by others": others} if others else {})
