@@ -32,9 +32,11 @@ THUMBNAIL = 4  # pixels a side: few, so that a shifted or enlarged copy is found
 # By file name: what to see. The documents have these sentences under the figures, and a test compares them.
 CAPTIONS = {
     "accuracy-time": "Up and to the left is better: more accuracy from less training time, all timed on one machine. "
-                     "Bars show the standard deviation over seeds, where there are several.",
+                     "Bars show the standard deviation over seeds, where there are several; numbers in brackets are "
+                     "epochs.",
     "accuracy-flops": "Up and to the left is better: more accuracy from less arithmetic, which unlike time is the same "
-                      "on every machine. Bars show the standard deviation over seeds, where there are several.",
+                      "on every machine. Bars show the standard deviation over seeds, where there are several; numbers "
+                      "in brackets are epochs.",
     "curves": "Training accuracy over the epochs (blue, one line per seed) and test accuracy at the end (orange). The "
               "gap between their ends shows how much was memorized; augmentation narrows it.",
     "confused": "Each row is a pair of classes: on the left the most confident mistakes, on the right correctly "
