@@ -305,9 +305,8 @@ def _name_points(axes: Any, points: list[tuple[str, float, float, str]], size: f
                    (0, 2.6 * size, "center"))
         boxes = [(left + dx + {"center": 0, "left": half, "right": -half}[align], up + dy, half, 0.6 * size)
                  for dx, dy, align in offsets]
-        free = [half < box[0] < scale[0] - half
-                and all(abs(box[0] - other[0]) > box[2] + other[2] or abs(box[1] - other[1]) > box[3] + other[3]
-                        for other in taken) for box in boxes]
+        free = [all(abs(box[0] - other[0]) > box[2] + other[2] or abs(box[1] - other[1]) > box[3] + other[3]
+                    for other in taken) for box in boxes]
         best = free.index(True) if any(free) else 0
         taken.append(boxes[best])
         dx, dy, align = offsets[best]

@@ -162,6 +162,12 @@ def test_an_odd_number_of_mirrored_filters_is_refused(odd: dict[str, Any]) -> No
         create_model("mirrornet", **odd)
 
 
+def test_a_negative_number_of_filters_is_refused_in_one_line() -> None:
+    """PyTorch raises a RuntimeError for it."""
+    with pytest.raises(WeightsError, match="cannot be created"):
+        create_model("mirrornet", widths=(8, 8, -2), inner=(8, 8, 8))
+
+
 def mirrored(maps: Tensor) -> Tensor:
     """The maps of the mirror image: each mirrored, and the halves of their channels exchanged."""
     return maps.flip(3).roll(maps.shape[1] // 2, 1)
@@ -182,11 +188,12 @@ def ordinary_filters(layer: MirrorConv) -> Tensor:
     return torch.cat([first, mirrored(first)])
 
 
-@pytest.mark.parametrize("side", [2, 3, 4, 5])
+@pytest.mark.parametrize("side", [1, 2, 3, 4, 5])
 @pytest.mark.parametrize(("size", "same"), [(1, False), (2, False), (3, False), (1, True), (3, True)])
 def test_a_mirrored_convolution_is_one_with_mirrored_filters(size: int, same: bool, side: int) -> None:
     torch.manual_seed(0)
-    layer, maps = MirrorConv(6, 4, size, same=same), torch.randn(3, 6, max(side, size), side + 1).requires_grad_()
+    height = max(side, size)
+    layer, maps = MirrorConv(6, 4, size, same=same), torch.randn(3, 6, height, height + 1).requires_grad_()
     expected = F.conv2d(maps, ordinary_filters(layer), padding=size // 2 if same else 0)
     torch.testing.assert_close(layer(maps), expected)
     gradients = [torch.autograd.grad(out.square().sum(), (maps, *layer.parameters()))
@@ -253,6 +260,7 @@ def test_mirrored_pairs_keep_sharing_their_norms_in_several_processes(images: Te
 
 
 def test_both_halves_share_the_statistics_of_a_norm() -> None:
+    torch.manual_seed(0)
     maps = torch.randn(4, 6, 3, 5) * torch.arange(1, 7)[:, None, None]
     first, second = normalized(maps, Norm(3)).detach().chunk(2, 1)
     together = torch.cat([first, second], 3)
@@ -391,11 +399,11 @@ def test_every_recipe_trains_end_to_end(recipe: str, tmp_path: Path) -> None:
     assert model(torch.rand(2, 3, 32, 32)).shape == (2, 100)
 
 
-@pytest.mark.parametrize(("recipe", "budget"), [("fast", 1.9e14), ("strong", 7.6e14)])
+@pytest.mark.parametrize(("recipe", "budget"), [("fast", 1.9e14), ("strong", 4.0e14)])
 def test_recipes_keep_within_their_flop_budgets(recipe: str, budget: float) -> None:
     settings = train_cnn.SCRIPT.recipe_settings(recipe)
     flops = sum(loop.epoch_flops(train_cnn.build_model(settings), 50_000, settings))
-    assert 0.5 * budget < flops <= budget
+    assert 0.9 * budget < flops <= budget
 
 
 @pytest.mark.parametrize(("flags", "side"), [((), 20), (("--epochs", "2"), 18), (("--epochs", "1"), 16)])

@@ -216,6 +216,8 @@ def test_names_in_the_published_figures_do_not_overlap(draw: Callable[[list[dict
     costs = (ROOT / "results/published/benchmarks/time_to_accuracy.md").read_text()
     figure = draw(read_json(ROOT / "results/results.json"), costs)
     assert overlaps(figure, figure.axes[0].texts) == []
+    inside = figure.axes[0].get_window_extent()
+    assert all(inside.x0 < box.x0 and box.x1 < inside.x1 for box in boxes_of(figure, figure.axes[0].texts))
 
 
 # ---- Drawing again --------------------------------------------------------------------------------------------------
