@@ -67,7 +67,7 @@ RECIPES: dict[str, dict[str, Any]] = {
 OVERFIT: dict[str, Any] = dict(
     epochs=100, batch_size=64, optimizer="adam", lr=1e-3, weight_decay=0.0, warmup=0.0, schedule="constant",
     lr_floor=0.0, average=0.0, label_smoothing=0.0, flip=False, alternate=False, crop=0, jitter=0.0, corrupt=0.0,
-    mixup=0.0, sides=(20,), refresh_norms=0, precision="float32",
+    mixup=0.0, cutmix=0.0, sides=(20,), refresh_norms=0, precision="float32",
 )
 
 

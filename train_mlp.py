@@ -56,7 +56,7 @@ RECIPES: dict[str, dict[str, Any]] = {
 # The settings of the unfinished original, whose widths are unknown. An epoch of the check is one step.
 OVERFIT: dict[str, Any] = dict(
     epochs=1000, batch_size=64, optimizer="adam", lr=1e-4, weight_decay=0.0, warmup=0.0, schedule="constant",
-    label_smoothing=0.0, flip=False, crop=0, mixup=0.0, precision="float32",
+    label_smoothing=0.0, flip=False, crop=0, mixup=0.0, cutmix=0.0, precision="float32",
     widths=(512, 256, 128), side=32, dropout=0.0, batch_norm=False,
 )
 

@@ -42,7 +42,7 @@ from models.resnet import BasicBlock, ResNet
 from train_cnn import CNNSettings
 from training.distributed import ALONE
 from training.hardware import choose_precision, machine_facts, prepare_device, synchronize
-from training.loop import fit_and_place, forward_flops, loss_of, make_mixup, training_step
+from training.loop import fit_and_place, forward_flops, loss_of, make_mix, training_step
 from training.optimizers import make_optimizers, set_rates
 from utils import Split, batches, default_data_dir, load_cifar100
 
@@ -191,10 +191,10 @@ def training_steps(contestant: Contestant, split: Split) -> Iterator[int]:
     optimizers = make_optimizers(contestant.model, settings)
     set_rates(optimizers, settings, settings.warmup)
     contestant.model.train()
-    mix = make_mixup(settings.mixup, num_classes=100)
+    mix = make_mix(settings, num_classes=100)
     for epoch in itertools.count():
         for images, labels in batches(split, settings.batch_size, settings.augmentation, seed=0, epoch=epoch):
-            images, labels = mix(images, labels)
+            images, labels = mix(images, labels, 0)
             training_step(contestant.model, optimizers, images, labels, loss_of(settings), settings.precision)
             yield len(labels)
 

@@ -40,7 +40,7 @@ from common.text import spaced
 from evaluation.figures import fit_to_show
 from evaluation.metrics import coarse_of_fine
 from models.layers import set_side
-from training.loop import fit_and_place, make_mixup
+from training.loop import fit_and_place, make_mix
 from training.settings import Script, Settings
 from utils import Split, batches, default_data_dir, derived_seed, image_hashes, load_cifar100, load_test_set, to_float
 
@@ -142,12 +142,12 @@ def network_inputs(
     """The network's inputs for the training images at `positions`: per epoch float32 [P, 3, S, S].
 
     Made by the same calls in the same order as in `training.loop.train`, so a training with these settings sees these
-    very inputs: augmented batches, MixUp, the network's own scaling and normalization. The normalization is undone
+    very inputs: augmented and mixed batches, the network's own scaling and normalization. The normalization is undone
     again, so that 0 is black and 1 is white; jitter may go beyond.
     """
     numbered = dataclasses.replace(split, fine_labels=torch.arange(len(split)))  # to recognize the images
     model = fit_and_place(script.build_model(settings, len(split.fine_names)), split, settings)
-    mix = make_mixup(settings.mixup, num_classes=len(split.fine_names))
+    mix = make_mix(settings, num_classes=len(split.fine_names))
     inputs_per_epoch = []
     for epoch in epochs:
         set_side(model, settings.side_in(epoch))
@@ -157,7 +157,7 @@ def network_inputs(
             wanted = [row for row, number in enumerate(numbers.tolist()) if number in positions]
             if wanted:
                 torch.manual_seed(derived_seed("model", settings.seed, epoch, step))
-                images, _ = mix(images, split.fine_labels[numbers])
+                images, _ = mix(images, split.fine_labels[numbers], epoch)
                 inputs = _without_normalization(model, _first_layer_input(model, images[wanted]))
                 found |= dict(zip(numbers[wanted].tolist(), inputs, strict=True))
         inputs_per_epoch.append(torch.stack([found[position] for position in positions]))
@@ -324,7 +324,8 @@ def inputs_figure(script: Script, settings: Settings, split: Split, epochs: Sequ
     columns = ["as stored\n32 x 32", *(f"epoch {epoch + 1}\n{images.shape[2]} x {images.shape[3]}"
                                        for epoch, images in zip(epochs, inputs, strict=True))]
     classes = [spaced(split.fine_names[label]) for label in split.fine_labels[viewed]]
-    mixed = ", each image mixed with another" if settings.mixup else ""
+    mixed = (", each image mixed with another" if settings.mixup
+             else ", some with a part of another" if settings.cutmix else "")
     figure = new_figure(WIDTH, 3.9, f"Network inputs with the recipe {settings.recipe}, seed {settings.seed}{mixed}",
                         synthetic=settings.synthetic)
     _draw_grid(figure.subplots(), list(zip(split.images[viewed], *inputs, strict=True)), classes, columns)

@@ -46,6 +46,7 @@ from utils import Augmentation, Split, batches, compute_logits, derived_seed, st
 STOP_SIGNALS = ("SIGINT", "SIGTERM", "SIGHUP", "SIGUSR1")  # Ctrl-C, kill, a lost terminal, a scheduler's warning
 LOOK_EVERY = 0.5  # seconds between looks at the running loss, each of which waits for the device
 REFRESH_BATCH = 500  # images per batch when batch norm's statistics are recomputed
+CUTMIX_EPOCHS = 0.7  # of all epochs, from the first; then images are whole again
 BAR = "{desc} |{bar}| {percentage:.0f}% of the training{postfix}, ETA {remaining}"  # for tqdm
 INPUT_SAMPLE = 10_000  # training images from which a model fits its normalization
 
@@ -80,7 +81,7 @@ def train(
     flops = epoch_flops(model, len(data), settings)
     optimizers = make_optimizers(model, settings)
     loss_function = loss_of(settings)
-    mix = make_mixup(settings.mixup, num_classes=len(data.fine_names))
+    mix = make_mix(settings, num_classes=len(data.fine_names))
     forward: Any = processes.average_gradients(model)
     if settings.compile:
         forward = torch.compile(forward)
@@ -106,9 +107,9 @@ def train(
                                           epoch=epoch, first_step=progress.step):
                 set_rates(optimizers, settings, (epoch * steps + progress.step) / (steps * settings.epochs))
 
-                # Every process draws the same MixUp, whatever their number; dropout is drawn per process.
+                # Every process mixes alike, whatever their number; dropout is drawn per process.
                 torch.manual_seed(derived_seed("model", settings.seed, epoch, progress.step))
-                images, targets = map(processes.part, mix(images, labels))
+                images, targets = map(processes.part, mix(images, labels, epoch))
                 if processes.count > 1:
                     torch.manual_seed(derived_seed("model", settings.seed, epoch, progress.step, processes.rank))
                 weight = len(images) * processes.count / len(labels)  # 1 if the batch divides evenly
@@ -116,7 +117,7 @@ def train(
                 logits, loss = training_step(forward, optimizers, images, targets, loss_function, settings.precision,
                                              weight)
 
-                # Count. Under MixUp, a hit is the label with the larger share.
+                # Count. In a mixed batch, a hit is the label with the larger share.
                 hits = logits.argmax(1) == (targets if targets.ndim == 1 else targets.argmax(1))
                 loss_sum += processes.sum(loss * len(images))
                 correct_sum += processes.sum(hits.sum())
@@ -268,17 +269,28 @@ def load_weights(model: nn.Module, path: str) -> None:
         raise UserError(f"the weights in {path} do not fit this network: give it the settings of their run") from error
 
 
-def make_mixup(alpha: float, num_classes: int) -> Callable[[Tensor, Tensor], tuple[Tensor, Tensor]]:
-    """MixUp (Zhang et al. 2017, arXiv 1710.09412) of a batch with itself, the share drawn from PyTorch's generator.
+def make_mix(settings: Settings, num_classes: int) -> Callable[[Tensor, Tensor, int], tuple[Tensor, Tensor]]:
+    """A function that mixes a batch with itself, as `settings` say, by PyTorch's generator of random numbers.
 
-    The function takes images and labels, int64 [B], and returns mixed images and shares, float32 [B, num_classes];
-    with an `alpha` of 0 it returns its arguments.
+    MixUp (Zhang et al. 2017, arXiv 1710.09412) mixes every batch, CutMix (Yun et al. 2019, arXiv 1905.04899) some
+    batches of the first epochs. The function takes images, labels, int64 [B], and the epoch; it returns mixed images
+    and the shares of the classes, float32 [B, num_classes], or the given images and labels.
     """
-    if not alpha:
-        return lambda images, labels: (images, labels)
-    from torchvision.transforms.v2 import MixUp  # here, because importing torchvision takes a second
+    if not settings.mixup and not settings.cutmix:
+        return lambda images, labels, epoch: (images, labels)
+    from torchvision.transforms.v2 import CutMix, MixUp  # here, because importing torchvision takes a second
 
-    return MixUp(alpha=alpha, num_classes=num_classes)
+    if settings.mixup:
+        mixup = MixUp(alpha=settings.mixup, num_classes=num_classes)
+        return lambda images, labels, epoch: mixup(images, labels)
+    cutmix = CutMix(num_classes=num_classes)
+
+    def some_batches(images: Tensor, labels: Tensor, epoch: int) -> tuple[Tensor, Tensor]:
+        if epoch >= CUTMIX_EPOCHS * settings.epochs or torch.rand(()) >= settings.cutmix:
+            return images, labels
+        return cutmix(images, labels)
+
+    return some_batches
 
 
 def refresh_norms(model: nn.Module, data: Split, images: int, *, seed: int) -> None:
