@@ -228,6 +228,7 @@ def test_the_legend_says_augmented_only_if_it_is_true() -> None:
                 for recipe in script.recipes}
     assert augments["mlp"] and augments["fast"] and not augments["original"]
     assert train_mlp.SCRIPT.recipe_settings("mlp", crop=0, mixup=0.0, flip=False).augments is False
+    assert train_mlp.SCRIPT.recipe_settings("mlp", crop=0, mixup=0.0, flip=False, cutmix=0.5).augments is True
     rows = [dict.fromkeys(METRICS, 1.0)]
     for augmented, label in ((True, "training, augmented"), (False, "training")):
         figure = learning_curves(rows, "x", augmented=augmented)

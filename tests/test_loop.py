@@ -127,6 +127,7 @@ def test_cutmix_pastes_and_shares_labels_alike_in_some_batches_of_the_first_epoc
         assert set(pasted.unique().tolist()) <= set(range(50))  # pixels are copied, not averaged
         torch.testing.assert_close(pasted.mean((1, 2, 3)), shares @ torch.arange(100.0))
     assert 110 < len(mixed) < 170  # half of 280
+    assert any(targets is not labels for _, targets in results[240:280])  # up to the seventh epoch
     assert all(targets is labels and pictures is images for pictures, targets in results[280:])
 
 

@@ -40,13 +40,12 @@ from training.hardware import (
 )
 from training.optimizers import Average, make_optimizers, set_rates
 from training.run_folder import Run
-from training.settings import Script, Settings
+from training.settings import CUTMIX_EPOCHS, Script, Settings
 from utils import Augmentation, Split, batches, compute_logits, derived_seed, steps_per_epoch, to_float
 
 STOP_SIGNALS = ("SIGINT", "SIGTERM", "SIGHUP", "SIGUSR1")  # Ctrl-C, kill, a lost terminal, a scheduler's warning
 LOOK_EVERY = 0.5  # seconds between looks at the running loss, each of which waits for the device
 REFRESH_BATCH = 500  # images per batch when batch norm's statistics are recomputed
-CUTMIX_EPOCHS = 0.7  # of all epochs, from the first; then images are whole again
 BAR = "{desc} |{bar}| {percentage:.0f}% of the training{postfix}, ETA {remaining}"  # for tqdm
 INPUT_SAMPLE = 10_000  # training images from which a model fits its normalization
 

@@ -18,6 +18,7 @@ from utils import NUM_IMAGES, Augmentation, default_data_dir
 
 MAX_RATE = 1e30  # a learning rate; times its largest factor it still fits in float32
 MIN_MIXUP = 1e-6  # below this alpha, no batch is mixed
+CUTMIX_EPOCHS = 0.7  # of all epochs, from the first; then images are whole again
 MAX_NUMBERS = 100  # in a setting that is a list
 AUGMENTING = ("flip", "crop", "jitter", "corrupt", "mixup", "cutmix")  # settings that change training images
 _BOUNDS = (("low", "at least", operator.lt), ("above", "above", operator.le), ("high", "at most", operator.gt))
@@ -79,8 +80,8 @@ class Settings:
                              one_batch=False)
     mixup: float = setting(0.0, "alpha of MixUp's Beta distribution; 0 turns MixUp off", low=0,
                            high=1_000_000, one_batch=False)
-    cutmix: float = setting(0.0, "mix this fraction of batches by CutMix, in the first 70%% of the epochs; "
-                            "not together with MixUp", low=0, high=1, one_batch=False, needs={"mixup": (0.0,)})
+    cutmix: float = setting(0.0, "mix this fraction of batches by CutMix, in the first "
+                            f"{100 * CUTMIX_EPOCHS:g}%% of the epochs; not together with MixUp", low=0, high=1, one_batch=False, needs={"mixup": (0.0,)})
 
     refresh_norms: int = setting(0, "recompute batch norm's statistics at the end from N training images; 0 keeps "
                                  "the running statistics", low=0, one_batch=False)
