@@ -81,7 +81,8 @@ class Settings:
     mixup: float = setting(0.0, "alpha of MixUp's Beta distribution; 0 turns MixUp off", low=0,
                            high=1_000_000, one_batch=False)
     cutmix: float = setting(0.0, "mix this fraction of batches by CutMix, in the first "
-                            f"{100 * CUTMIX_EPOCHS:g}%% of the epochs; not together with MixUp", low=0, high=1, one_batch=False, needs={"mixup": (0.0,)})
+                            f"{100 * CUTMIX_EPOCHS:g}%% of the epochs; not together with MixUp",
+                            low=0, high=1, one_batch=False, needs={"mixup": (0.0,)})
 
     refresh_norms: int = setting(0, "recompute batch norm's statistics at the end from N training images; 0 keeps "
                                  "the running statistics", low=0, one_batch=False)
