@@ -122,7 +122,7 @@ def _parse(argv: list[str] | None) -> argparse.Namespace:
     parser.add_argument("--tta", choices=("flip",), help="measure the named runs with averaged predictions too")
     parser.add_device("where networks compute logits that are not saved yet (default: auto)")
     parser.add_data_dir()
-    parser.add_results_dir(default=RESULTS_DIR)
+    parser.add_results_dir()
     options = parser.parse_args(argv)
     options.data_dir = options.data_dir or default_data_dir()
     if options.tta and not options.runs:

@@ -34,7 +34,7 @@ from torch import nn
 from common.command_line import Parser, exit_status, expanded_path
 from common.devices import float32_device
 from common.errors import UserError, say_on_stderr, warn
-from common.files import RESULTS_DIR, replacing
+from common.files import replacing
 from common.text import printable, short_path
 from evaluation.finished_runs import require_classes
 from evaluation.images import (
@@ -66,16 +66,15 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("--model", metavar="RUN", help="a run's name or folder, published/NAME, or a weights file "
                         "(default: the published run that is best on the test set)")
     parser.add_device("where to run the network (default: auto)")
-    part = parser.add_mutually_exclusive_group()
-    part.add_argument("--center-crop", action="store_true", help="use the center square of an image (the default)")
-    part.add_argument("--squeeze", action="store_true", help="use the whole image, squeezed to a square")
+    parser.add_argument("--squeeze", action="store_true",
+                        help="use the whole image, squeezed to a square, instead of its center square")
     parser.add_argument("--show", action="store_true",
                         help="write the 32x32 pixels that the network saw as a PNG file in the current folder")
     parser.add_argument("--json", action="store_true", help="print a JSON array with one object per file, errors too")
-    parser.add_results_dir(default=RESULTS_DIR)
+    parser.add_results_dir()
     options = parser.parse_args(argv)
     given = {"--json": options.json, "--device": options.device != "auto", "--show": options.show,
-             "--center-crop": options.center_crop, "--squeeze": options.squeeze}
+             "--squeeze": options.squeeze}
     if options.export and any(given.values()):
         raise UserError(f"{next(flag for flag in given if given[flag])} has no effect with --export")
 

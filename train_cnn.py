@@ -22,7 +22,7 @@ from training.flags import parse_command_line
 from training.loop import prepare, train
 from training.overfit import overfit_batch
 from training.run_folder import create_run, resume_run
-from training.settings import Script, Settings, setting
+from training.settings import UNALTERED, Script, Settings, setting
 from utils import load_cifar100
 
 # ---- Settings and recipes -------------------------------------------------------------------------------------------
@@ -52,7 +52,7 @@ class CNNSettings(Settings):
 FAST: dict[str, Any] = dict(
     epochs=13, sides=(20, 20, 20, 20, 24, 24, 24, 24, 32, 32, 32, 32, 32), batch_size=256,
     optimizer="normuon-sgd", lr=0.12, other_lr=0.35, momentum=0.6, weight_decay=5e-4, warmup=0.25, label_smoothing=0.2,
-    lr_floor=0.15, average=0.98, alternate=True, crop=3, jitter=0.2, corrupt=0.03, refresh_norms=5000,
+    lr_floor=0.15, average=0.98, refresh_norms=5000, alternate=True, crop=3, jitter=0.2, corrupt=0.03,
 )
 RECIPES: dict[str, dict[str, Any]] = {
     "fast": FAST,
@@ -66,8 +66,8 @@ RECIPES: dict[str, dict[str, Any]] = {
 # The single-batch check repeats one unchanged batch: an epoch is one step.
 OVERFIT: dict[str, Any] = dict(
     epochs=100, batch_size=64, optimizer="adam", lr=1e-3, weight_decay=0.0, warmup=0.0, schedule="constant",
-    lr_floor=0.0, average=0.0, label_smoothing=0.0, flip=False, alternate=False, crop=0, jitter=0.0, corrupt=0.0,
-    mixup=0.0, cutmix=0.0, sides=(20,), refresh_norms=0, precision="float32",
+    lr_floor=0.0, average=0.0, refresh_norms=0, label_smoothing=0.0, alternate=False, sides=(20,), precision="float32",
+    **UNALTERED,
 )
 
 

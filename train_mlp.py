@@ -21,7 +21,7 @@ from training.flags import parse_command_line
 from training.loop import prepare, train
 from training.overfit import overfit_batch
 from training.run_folder import create_run, resume_run
-from training.settings import Script, Settings, setting
+from training.settings import UNALTERED, Script, Settings, setting
 from utils import load_cifar100
 
 # ---- Settings and recipe --------------------------------------------------------------------------------------------
@@ -56,8 +56,8 @@ RECIPES: dict[str, dict[str, Any]] = {
 # The settings of the unfinished original, whose widths are unknown. An epoch of the check is one step.
 OVERFIT: dict[str, Any] = dict(
     epochs=1000, batch_size=64, optimizer="adam", lr=1e-4, weight_decay=0.0, warmup=0.0, schedule="constant",
-    label_smoothing=0.0, flip=False, crop=0, mixup=0.0, cutmix=0.0, precision="float32",
-    widths=(512, 256, 128), side=32, dropout=0.0, batch_norm=False,
+    label_smoothing=0.0, precision="float32", widths=(512, 256, 128), side=32, dropout=0.0, batch_norm=False,
+    **UNALTERED,
 )
 
 

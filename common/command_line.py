@@ -31,10 +31,9 @@ class Parser(argparse.ArgumentParser):
     def __init__(self, **options: Any) -> None:
         super().__init__(allow_abbrev=False, formatter_class=argparse.RawDescriptionHelpFormatter, **options)
 
-    def add_results_dir(self, help: str = "folder of all runs (default: results/)", **options: Any) -> None:
+    def add_results_dir(self, help: str = "folder of all runs (default: results/)") -> None:
         """`--results-dir`, the same in every command."""
-        options = {"default": RESULTS_DIR, **options}
-        self.add_argument("--results-dir", type=absolute_path, metavar="FOLDER", help=help, **options)
+        self.add_argument("--results-dir", type=absolute_path, default=RESULTS_DIR, metavar="FOLDER", help=help)
 
     def add_data_dir(self) -> None:
         """`--data-dir`, the same in every command; "" leaves it to `utils.default_data_dir`."""

@@ -9,7 +9,7 @@ from common.files import ROOT
 from common.run_files import PUBLISHED
 from evaluation import corruptions, figures, insights
 from evaluation.blocks import Published, calibrations
-from evaluation.costs import measured_costs
+from evaluation.costs import OURS, measured_costs
 from evaluation.finished_runs import FinishedRun
 from evaluation.metrics import (
     calibration,
@@ -95,7 +95,7 @@ def draw_insights(shown: Published, run: FinishedRun, probabilities: np.ndarray,
 
 def draw_searches(path: Path) -> dict[str, Any]:
     """The marked tables of a log of experiments as waterfalls, by file name."""
-    return {table: waterfall_figure(trials, f"{table}: what each change gave, from top to bottom")
+    return {table: waterfall_figure(trials, "What each change of the search gave, from top to bottom")
             for table, trials in read_searches(path).items() if trials}
 
 
@@ -110,8 +110,14 @@ def draw_recipes(published: Published) -> dict[str, Any]:
         "curves": figures.learning_curves_figure(
             curves, accuracy, "Published runs, trained on all 50,000 training images"),
     }
-    if measured_costs(costs):
+    drawn["curves"].finding = " ".join(
+        f"{recipe} ends at {np.mean([seed['train_acc'][-1] for seed in seeds]):.1f}% in training and at "
+        f"{accuracy[recipe]:.1f}% on test images." for recipe, seeds in curves.items())
+    if measured := measured_costs(costs):
         drawn["accuracy-time"] = figures.accuracy_time_figure(published.rows, costs)
+        drawn["accuracy-time"].finding = ", ".join(
+            f"{cost['name'].removeprefix(OURS)} {cost['accuracy']:.1f}% in {cost['minutes']:.3g} minutes"
+            for cost in measured if cost["accuracy"]) + "."
     robust = {run.name: (corruptions.clean_accuracy(run, published.test), corruptions.accuracy(run, published.test))
               for run in published.corrupted}
     if robust:

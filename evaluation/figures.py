@@ -50,8 +50,8 @@ CAPTIONS = {
     "reliability": "On the dotted diagonal, confidence equals accuracy. Above it a network is better than its "
                    "confidence suggests, below it worse; a fitted temperature brings the points closer to it.",
     "filters": "Noise, as on the left, means undertrained; smooth waves, edges and patches of color mean learned.",
-    "class-map": "Neighbors look alike to the network; a long line leads from a class to its superclass, where it does "
-                 "not belong by its looks.",
+    "class-map": "Neighbors look alike to the network. A long line marks a class that looks unlike the rest of its "
+                 "superclass.",
     "grad-cam": "Yellow is what spoke most for the prediction: on the thing itself it is a good sign, on the "
                 "background a warning.",
     "corruptions": "A panel per corruption, stronger to the right. A line that falls at once is a network that lives "
@@ -279,8 +279,11 @@ def accuracy_against(series: dict[str, dict[str, tuple[float, float, float | Non
     axes = figure.subplots()
     for (label, points), color, marker in zip(series.items(), PALETTE, MARKERS, strict=False):
         costs, accuracies, deviations = zip(*points.values(), strict=True) if points else ((), (), ())
-        bars = [math.nan if deviation is None else deviation for deviation in deviations]
-        axes.errorbar(costs, accuracies, bars, fmt=marker, color=color, capsize=4, label=label)
+        if any(deviations):
+            bars = [math.nan if deviation is None else deviation for deviation in deviations]
+            axes.errorbar(costs, accuracies, bars, fmt=marker, color=color, capsize=4, label=label)
+        else:
+            axes.plot(costs, accuracies, marker, color=color, label=label)
     axes.set(ylabel="test top-1 accuracy (%)")
     axes.margins(x=0.25, y=0.15)
     _logarithmic(axes, xlabel)

@@ -31,6 +31,7 @@ MAP_SIZE = (8.8, 8.6)  # inches
 SLACK = 0.01  # inches that two names may come closer than their boxes allow
 EXAMPLES = 3  # right predictions, and as many wrong ones
 NOT_SHOWN = (PEOPLE, "fish")  # superclasses; anglers hold up their fish
+LUMINANCE = 0.18  # its contrast with white is 4.6, with black as well
 GOLDEN = (5**0.5 - 1) / 2  # multiples of it, modulo 1, are far apart: hues of many classes
 
 
@@ -134,13 +135,16 @@ def filters_figure(networks: dict[str, nn.Module], title: str):
 
 
 def _tiles(filters: np.ndarray, columns: int) -> np.ndarray:
-    """Filters as one picture, float [H, W, 3] in [0, 1]: gray is 0, each scaled by its largest weight."""
+    """Filters as one picture, float [H, W, 4] in [0, 1]: gray is 0, each scaled by its largest weight; gaps show the
+    page.
+    """
     largest = np.abs(filters).max((1, 2, 3), keepdims=True)
     scale, gap = -(-24 // filters.shape[2]), 4  # pixels
     pictures = np.kron(0.5 + 0.5 * filters / np.maximum(largest, 1e-30), np.ones((scale, scale)))
-    padded = np.pad(pictures, ((0, -len(pictures) % columns), (0, 0), (0, gap), (0, gap)), constant_values=1)
+    opaque = np.concatenate([pictures, np.ones_like(pictures[:, :1])], axis=1)
+    padded = np.pad(opaque, ((0, -len(opaque) % columns), (0, 0), (0, gap), (0, gap)))
     rows = padded.reshape(-1, columns, *padded.shape[1:])
-    return rows.transpose(0, 3, 1, 4, 2).reshape(len(rows) * padded.shape[2], -1, 3)[:-gap, :-gap]
+    return rows.transpose(0, 3, 1, 4, 2).reshape(len(rows) * padded.shape[2], -1, 4)[:-gap, :-gap]
 
 
 # ---- A map of the classes -------------------------------------------------------------------------------------------
@@ -220,6 +224,13 @@ def spread(centers: np.ndarray, sizes: np.ndarray, bounds: np.ndarray) -> np.nda
     return centers
 
 
+def _readable(hue: float, saturation: float) -> tuple[float, float, float]:
+    """The color, as red, green and blue, that can be read on white and on black alike: its luminance is LUMINANCE."""
+    shades = [colorsys.hls_to_rgb(hue, lightness, saturation) for lightness in np.linspace(0, 1, 201)]
+    linear = np.where(np.array(shades) > 0.04045, ((np.array(shades) + 0.055) / 1.055) ** 2.4, np.array(shades) / 12.92)
+    return shades[int(np.abs(linear @ (0.2126, 0.7152, 0.0722) - LUMINANCE).argmin())]
+
+
 def map_figure(points: np.ndarray, coarse_of_fine: np.ndarray, names: tuple[str, ...], coarse_names: tuple[str, ...],
                title: str):
     """The names of all classes at their `points` [C, 2] of `class_map`, joined to the center of their superclass."""
@@ -237,7 +248,7 @@ def map_figure(points: np.ndarray, coarse_of_fine: np.ndarray, names: tuple[str,
     bounds = np.array(MAP_SIZE)
     places = spread(sizes / 2 + points * (bounds - sizes), sizes, bounds)
     for coarse, name in enumerate(coarse_names):
-        color = colorsys.hls_to_rgb(coarse * GOLDEN % 1, (0.30, 0.42)[coarse % 2], 0.85)
+        color = _readable(coarse * GOLDEN % 1, (0.9, 0.5)[coarse % 2])
         members = np.flatnonzero(coarse_of_fine == coarse)
         for fine in members:
             axes.plot(*zip(places[fine], np.median(places[members], axis=0), strict=True), color=color, lw=1.2,

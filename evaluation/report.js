@@ -240,6 +240,9 @@ const classes = images.map((image) => labels[image]).filter((label, i, all) => l
 const ordered = [...data.names.keys()].sort((a, b) => data.superclassOf[a] - data.superclassOf[b] || a - b);
 let confusion, cell = [0, 0];
 
+// Some photographs of people are not fit for every screen: they are shown to those who ask for them.
+const isPerson = (label) => superclass(label) === "people";
+
 const percentOf = (part, all) => all ? Math.round(100 * part / all) : 0;
 
 function showRun() {
@@ -253,7 +256,7 @@ function showRun() {
   byId("pairs").replaceChildren(...pairs.map(([label, guess, count]) => {
     const surest = images.filter((image) => labels[image] === label && guessOf(run, image)[0] === guess)
       .reduce((a, b) => guessOf(run, b)[1] > guessOf(run, a)[1] ? b : a);
-    const button = make("button", {type: "button"}, pictureOf(surest),
+    const button = make("button", {type: "button"}, ...(isPerson(label) ? [] : [pictureOf(surest)]),
       make("span", {}, `${names[label]} taken for ${names[guess]}`, make("br"),
            make("small", {}, `${count} of ${data.counts[label]} images`)));
     button.addEventListener("click", () => openPair(label, guess));
@@ -294,11 +297,13 @@ function drawMatrix() {
     context.fillRect(CELL * at, 0, 1, CELL * size);
     context.fillRect(0, CELL * at, CELL * size, 1);
   });
-  byId("superclasses").replaceChildren(...data.superclasses.map((name, coarse) => {
-    const item = make("li", {}, name);
+  const numbered = (named) => data.superclasses.map((name, coarse) => {
+    const item = make("li", {}, ...(named ? [make("span", {}, `${name} `)] : []), `${coarse + 1}`);
     item.style.setProperty("--classes", data.superclassOf.filter((of) => of === coarse).length);
     return item;
-  }));
+  });
+  byId("superclasses").replaceChildren(...numbered(true));
+  byId("columns").replaceChildren(...numbered(false));
   byId("matrix").style.setProperty("--all", size);
   showCell(cell);
   byId("cell").hidden = true;
@@ -362,7 +367,7 @@ function drawReliability(run) {
   const right = bins.reduce((sum, bin) => sum + bin.right, 0) / images.length * 100;
   const finding = `${run} is ${all.toFixed(1)}% sure on average and right on ${right.toFixed(1)}% of the images.`;
   byId("reliability-text").textContent =
-    `${finding} A point below the line means that it is too sure; the numbers count images.`;
+    `${finding} Above the line it is right more often than its confidence suggests, below it less often. The numbers count images.`;
   byId("reliability").innerHTML = `<svg viewBox="0 0 320 230" role="img">${
     ticks.join("")}<path d="M${x(0)} ${y(0)}L${x(100)} ${y(100)}" stroke="var(--quiet)" stroke-dasharray="3"/>${
     marks.join("")}<text x="175" y="222" text-anchor="middle">confidence (%)</text><text x="-100" y="12"
@@ -376,9 +381,12 @@ matchMedia("(prefers-color-scheme: dark)").addEventListener("change", drawMatrix
 // A link of the bar of contents must not replace what the address says about the images.
 document.querySelector("nav").addEventListener("click", (event) => {
   const link = event.target.closest("a");
-  if (!link) return;
+  if (!link || event.ctrlKey || event.metaKey || event.shiftKey) return;
   event.preventDefault();
-  document.querySelector(link.hash).scrollIntoView();
+  const heading = document.querySelector(link.hash);
+  heading.tabIndex = -1;
+  heading.scrollIntoView();
+  heading.focus({preventScroll: true});
 });
 
 const initial = Object.fromEntries(new FormData(form));

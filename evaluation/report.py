@@ -7,6 +7,7 @@ it works from a disk without a network. Equal inputs give equal bytes: it contai
 import base64
 import html
 import io
+import os
 import re
 from pathlib import Path
 from typing import Any
@@ -18,10 +19,12 @@ from common.errors import UserError
 from common.files import ROOT, write_text
 from common.run_files import PUBLISHED
 from common.text import flops_text, spaced
+from evaluation import corruptions
 from evaluation.blocks import Published
 from evaluation.costs import OURS, measured_costs
 from evaluation.finished_runs import FinishedRun, TestSet, read_hashes
 from evaluation.metrics import softmax
+from evaluation.publish import fitted_temperature
 from evaluation.tables import CITED, WITHOUT_DUPLICATES, headline, minutes
 from utils import load_cifar100
 
@@ -46,9 +49,9 @@ def write_report(shown: Published, chosen: FinishedRun, figures: dict[str, Any],
                  copies: dict[int, tuple[Tensor, str]], cited: list[dict[str, Any]]) -> None:
     """Write the page to `path`, whole or not at all.
 
-    The gallery shows the guesses of `chosen` first. figures: matplotlib Figures by file name; the attribute `caption`,
-    if one has it, says what to see; copies: of `training_copies`; cited: of `cited_rows`. Raises UserError if the page
-    would be larger than MAX_BYTES.
+    The gallery shows the guesses of `chosen` first. figures: matplotlib Figures by file name, with the attributes
+    `caption`, what to see, and `finding`, if they have them; copies: of `training_copies`; cited: of `cited_rows`. On
+    GitHub's machines the page links to the repository. Raises UserError if the page would be larger than MAX_BYTES.
     """
     from jinja2 import Environment, FileSystemLoader, StrictUndefined  # here: only the report needs it
 
@@ -78,7 +81,9 @@ def write_report(shown: Published, chosen: FinishedRun, figures: dict[str, Any],
         figures=[_figure(figure) for name, figure in figures.items() if name not in (lead, *DRAWN_BY_THE_PAGE)],
         superclasses=_superclasses(test),
         runs=[_provenance(run, test, shown.results_dir) for run in ranked],
-        title=_title(),
+        corruptions=["unchanged", *corruptions.CORRUPTIONS],
+        corrupted=[_corrupted(run, test) for run in shown.corrupted],
+        title=_title(), repository=os.environ.get("GITHUB_REPOSITORY"),
         data={
             "names": [spaced(name) for name in test.fine_names],
             "superclasses": [spaced(name) for name in test.coarse_names],
@@ -86,7 +91,7 @@ def write_report(shown: Published, chosen: FinishedRun, figures: dict[str, Any],
             "counts": counts.tolist(), "columns": SHEET_COLUMNS, "guesses": GUESSES,
             "places": test.places[by_class].tolist(),
             "copies": {place: spaced(copies[by_class[place]][1]) for place in copied},
-            "runs": [{"name": run.name, "guesses": _base64(_guesses(run.logits(test)[by_class]).tobytes())}
+            "runs": [{"name": run.name, "guesses": _base64(_guesses(_calibrated(run, shown)[by_class]).tobytes())}
                      for run in ranked],
         },
     )
@@ -125,6 +130,12 @@ def _accuracy(run: FinishedRun, test: TestSet) -> float:
     return 100 * float((run.logits(test).argmax(1) == test.fine_labels).mean())
 
 
+def _calibrated(run: FinishedRun, shown: Published) -> np.ndarray:
+    """The logits of a run, float [N, C], divided by its recipe's temperature if that is published."""
+    temperature = fitted_temperature(run, shown.results_dir) if run.published else None
+    return run.logits(shown.test) / (temperature or 1.0)
+
+
 def _guesses(logits: np.ndarray) -> np.ndarray:
     """The most probable classes, then their probabilities in percent: logits [N, C] -> uint8 [N, 2 * GUESSES]."""
     probabilities = softmax(logits)
@@ -153,10 +164,10 @@ def _sheet(images: np.ndarray) -> str:
 
 def _figure(figure: Any) -> dict[str, str]:
     """A figure's title, its caption, and its drawing as SVG with alternative text."""
-    title, caption = figure.get_suptitle(), getattr(figure, "caption", "")
+    title, caption, finding = figure.get_suptitle(), getattr(figure, "caption", ""), getattr(figure, "finding", "")
     axes = [f"{axes.get_ylabel()} against {axes.get_xlabel()}" for axes in figure.axes
             if axes.get_xlabel() and axes.get_ylabel()]
-    alt = caption or ": ".join([title, *filter(None, ["; ".join(axes)])])
+    alt = f"{finding} {caption}".strip() or ": ".join([title, *filter(None, ["; ".join(axes)])])
     return {"title": title, "caption": caption, "svg": _svg(figure, alt)}
 
 
@@ -225,6 +236,12 @@ def cited_rows(results_dir: Path) -> list[dict[str, Any]]:
                                    (_minutes(cost["minutes"]), cost["minutes"]),
                                    (flops_text(cost["flops"]), cost["flops"])]})
     return [{"command": "", "cited": True, **row} for row in rows]
+
+
+def _corrupted(run: FinishedRun, test: TestSet) -> tuple[str, list[float]]:
+    """A run's name, and its accuracies in percent: on unchanged images, then averaged over each corruption."""
+    accuracies = corruptions.accuracy(run, test)
+    return run.name, [corruptions.clean_accuracy(run, test), *(one.mean() for one in accuracies)]
 
 
 def _superclasses(test: TestSet) -> list[tuple[str, list[str]]]:

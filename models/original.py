@@ -7,8 +7,7 @@ class OriginalCNN(nn.Module):
     """Three unpadded 5x5 convolutions and four fully connected layers, as its author left it but for the last ReLU.
 
     Each convolution is followed by ReLU and then batch normalization, each fully connected layer but the last by ReLU.
-    The author had a ReLU after the logits too; with it, one batch cannot be memorized (docs/procedure.md). Images are
-    not normalized.
+    The author had a ReLU after the logits too, which would cut off the negative ones. Images are not normalized.
     forward: float32 [N, 3, 32, 32] in [0, 1] -> logits [N, num_classes].
     """
 

@@ -25,7 +25,7 @@ from evaluation.images import answer, answer_text, find_weights
 from models import load_model
 from tests.helpers import MACHINE, ROOT, after_step, train_tiny
 
-SHORT = ("--synthetic", "--batch-size", "50", "--epochs", "1", "--sides", "16", "--refresh-norms", "0", *MACHINE)
+SHORT = ("--synthetic", "--batch-size", "50", "--epochs", "1", "--sides", "16", "--average", "0", *MACHINE)
 CHECK = ("--synthetic", "--batch-size", "8", "--epochs", "60", "--sides", "16", "--loss", "cross-entropy", *MACHINE[2:])
 INTERRUPTED = "python train_cnn.py --model yours --name yours-s0"
 

@@ -5,6 +5,7 @@ All use synthetic images and a tiny network. All but two stay in this process.
 
 import faulthandler
 import itertools
+import math
 import re
 import shlex
 import shutil
@@ -57,6 +58,7 @@ MUON_AS_PUBLISHED = ("--optimizer", "muon", "--lr", "0.02", "--mixup", "0.8", "-
                      "--precision", "bfloat16", "--threads", "2")
 SGD_MIXUP = ("--optimizer", "sgd", "--lr", "0.05", "--mixup", "0.2", "--jitter", "0.2", "--alternate")
 SGD_CUTMIX = ("--optimizer", "sgd", "--lr", "0.05", "--cutmix", "0.5", "--epochs", "4")
+REFRESHED = (*ADAMW, "--average", "0.9", "--refresh-norms", "500")
 
 
 @pytest.fixture(autouse=True)
@@ -106,29 +108,47 @@ def test_mixup_mixes_images_and_labels_alike() -> None:
     labels = torch.arange(50)
     images = labels.float().view(-1, 1, 1, 1).expand(-1, 3, 4, 4)
     torch.manual_seed(0)
-    mixed, shares = loop.make_mix(MLPSettings(mixup=0.8), num_classes=100)(images, labels, 0)
+    mixed, shares = loop.make_mix(MLPSettings(mixup=0.8), num_classes=100)(images, labels, 0.9)
     assert shares.shape == (50, 100)
     torch.testing.assert_close(shares.sum(1), torch.ones(50))
     torch.testing.assert_close(mixed[:, 0, 0, 0], shares @ torch.arange(100.0))
     assert (shares.max(1).values < 1).all()
-    unmixed, same_labels = loop.make_mix(MLPSettings(), num_classes=100)(images, labels, 0)
+    unmixed, same_labels = loop.make_mix(MLPSettings(), num_classes=100)(images, labels, 0.0)
     assert unmixed is images and same_labels is labels
 
 
-def test_cutmix_pastes_and_shares_labels_alike_in_some_batches_of_the_first_epochs() -> None:
+def test_cutmix_pastes_and_shares_labels_alike_in_some_of_the_first_batches() -> None:
     """Each image shows its label's number, so an image's mean must be the mean of its labels."""
     labels = torch.arange(50)
     images = labels.float().view(-1, 1, 1, 1).expand(-1, 3, 16, 16)
-    mix = loop.make_mix(MLPSettings(epochs=10, cutmix=0.5), num_classes=100)
+    mix = loop.make_mix(MLPSettings(cutmix=0.5), num_classes=100)
     torch.manual_seed(0)
-    results = [mix(images, labels, epoch) for epoch in range(10) for _ in range(40)]
+    results = [mix(images, labels, step / 400) for step in range(400)]
     mixed = [pair for pair in results if pair[1] is not labels]
     for pasted, shares in mixed:
         assert set(pasted.unique().tolist()) <= set(range(50))  # pixels are copied, not averaged
         torch.testing.assert_close(pasted.mean((1, 2, 3)), shares @ torch.arange(100.0))
     assert 110 < len(mixed) < 170  # half of 280
-    assert any(targets is not labels for _, targets in results[240:280])  # up to the seventh epoch
+    assert any(targets is not labels for _, targets in results[260:280])  # until 70% are over
     assert all(targets is labels and pictures is images for pictures, targets in results[280:])
+
+
+@pytest.mark.parametrize("epochs", [1, 4])
+def test_training_mixes_the_first_70_percent_of_its_steps(
+    epochs: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    mixed: list[bool] = []
+
+    def note(*arguments: Any) -> tuple[Tensor, Tensor]:
+        mixed.append(arguments[3].ndim == 2)
+        return training_step(*arguments)
+
+    training_step = loop.training_step
+    monkeypatch.setattr(loop, "training_step", note)
+    assert train_tiny(tmp_path, "--epochs", str(epochs), "--cutmix", "1") == 0
+    first = math.ceil(0.7 * epochs * STEPS_PER_EPOCH)
+    assert len(mixed) == epochs * STEPS_PER_EPOCH
+    assert all(mixed[:first]) and not any(mixed[first:])
 
 
 # ---- A run and its files --------------------------------------------------------------------------------------------
@@ -339,6 +359,7 @@ def test_equal_seeds_give_equal_weights(tmp_path: Path, uninterrupted: Callable[
     (MUON, (STEPS_PER_EPOCH + 3,)),
     (SGD_MIXUP, (STEPS_PER_EPOCH + 3,)),
     (SGD_CUTMIX, (STEPS_PER_EPOCH + 3,)),
+    (REFRESHED, (2 * STEPS_PER_EPOCH,)),  # right after the last step
     (MUON_AS_PUBLISHED, (STEPS_PER_EPOCH + 3,)),
 ])
 def test_a_resumed_run_equals_an_uninterrupted_one(

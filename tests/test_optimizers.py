@@ -16,6 +16,7 @@ from training.optimizers import (
     make_optimizers,
     orthogonalize,
     rate_factor,
+    replace_by_average,
     set_rates,
 )
 from training.settings import Settings
@@ -100,7 +101,7 @@ def test_an_average_follows_the_weights_of_all_optimizers_and_replaces_them() ->
         expected = [(decay * mean + (1 - decay) * weight).detach()
                     for mean, weight in zip(expected or weights, weights, strict=True)]
     assert not any(torch.equal(weight, mean) for weight, mean in zip(weights, expected, strict=True))
-    made[-1].replace_weights()
+    replace_by_average(made)
     torch.testing.assert_close([weight.detach() for weight in weights], expected)
 
 

@@ -662,8 +662,7 @@ def test_unusable_weights_are_one_error_line(
 
 @pytest.mark.parametrize("words", [(), ("x.png", "--export", "y.onnx"), ("--export", "y.onnx", "--json"),
                                    ("--export", "y.onnx", "--device", "cpu"), ("x.png", "--device", "tpu"),
-                                   ("--export", "y.onnx", "--show"), ("--export", "y.onnx", "--squeeze"),
-                                   ("x.png", "--center-crop", "--squeeze")])
+                                   ("--export", "y.onnx", "--show"), ("--export", "y.onnx", "--squeeze")])
 def test_a_contradictory_command_is_one_error_line(
     results_dir: Path, words: tuple[str, ...], capsys: pytest.CaptureFixture[str]
 ) -> None:

@@ -26,7 +26,7 @@ pytestmark = posix_only
 FLAGS = ("--synthetic", "--precision", "float32", "--device", "cpu", "--threads", "1", "--quiet")
 MLP, CNN = ("train_mlp.py", *FLAGS), ("train_cnn.py", *FLAGS)
 NO_NORM = ("--widths", "64,32", "--no-batch-norm", "--dropout", "0", "--optimizer", "sgd", "--lr", "0.05",
-           "--alternate", "--crop", "4", "--jitter", "0.2", "--mixup", "0.4",
+           "--alternate", "--crop", "4", "--jitter", "0.2", "--corrupt", "0.3", "--mixup", "0.4",
            "--batch-size", "715", "--epochs", "3")  # 21 steps
 
 
@@ -56,7 +56,7 @@ def final_weights(run: Path) -> dict[str, torch.Tensor]:
 
 
 def test_two_processes_take_the_same_steps_as_one(results_dir: Path) -> None:
-    """With every augmentation, and batches of an odd number of images."""
+    """With every augmentation (CutMix is drawn where MixUp is), and batches of an odd number of images."""
     one, two = (final_weights(results_dir / name) for name in ("one", "two"))
     losses = [float(row["train_loss"]) for row in metrics(results_dir / "one")]
     assert losses[-1] < losses[0]  # it has moved

@@ -87,7 +87,7 @@ BENCHMARK = """A machine
 ROWS = [make_row("small", 41.5, 900_000), make_row("large", 9.25, 10_000_000, 0.5), make_row("middle", 70, 5_000_000)]
 
 
-def make_report(folder: Path, *, alone: bool = False) -> Path:
+def make_report(folder: Path, *, alone: bool = False, repository: str = "") -> Path:
     """Write the report, in a new `folder` that holds its runs too; `alone`, only about the good one."""
     from matplotlib.figure import Figure
 
@@ -96,15 +96,16 @@ def make_report(folder: Path, *, alone: bool = False) -> Path:
     for name, figure in figures.items():
         figure.suptitle(f"The <{name}>")
         figure.subplots().set(xlabel="epoch", ylabel="loss (nats)")
-    figures["accuracy-time"].caption = "Large is slow & good."
+    figures["accuracy-time"].caption, figures["accuracy-time"].finding = "Up is better.", "Large is slow & good."
     good, crabs = make_run(folder / "good-s0", GOOD), make_run(folder / "crabs-s0", CRABS)
     (folder / "published" / "benchmarks").mkdir(parents=True)
     (folder / "published" / "benchmarks" / "time_to_accuracy.md").write_text(BENCHMARK)
     runs, rows = ([good], ROWS[:1]) if alone else ([crabs, good], ROWS)
-    shown = SimpleNamespace(runs=runs, rows=rows, test=TEST, alone=alone, results_dir=folder)
+    shown = SimpleNamespace(runs=runs, rows=rows, test=TEST, alone=alone, results_dir=folder, corrupted=[])
     copy = torch.from_numpy(COPY).view(3, 1, 1).expand(3, 32, 32)
     path = folder / "report.html"
     with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("GITHUB_REPOSITORY", repository)
         patch.setattr(report, "SHEET_COLUMNS", 3)  # so that the four images of a class take two rows
         write_report(shown, good, figures, path, copies={7: (copy, "red_ant")}, cited=cited_rows(folder))
     return path
@@ -125,6 +126,11 @@ def test_the_page_needs_no_other_file(path: Path) -> None:
     assert [address for address in addresses if not address.startswith(("data:", "#"))] == []
 
 
+def test_on_github_the_page_links_to_the_repository(tmp_path: Path) -> None:
+    text = make_report(tmp_path / "report", repository="some/where").read_text()
+    assert '<a href="https://github.com/some/where">some/where</a>' in text
+
+
 def test_equal_inputs_give_equal_bytes(path: Path, tmp_path: Path) -> None:
     assert make_report(tmp_path / "second").read_bytes() == path.read_bytes()
 
@@ -138,7 +144,7 @@ def test_a_page_that_is_too_large_is_not_written(tmp_path: Path, monkeypatch: py
 
 def test_alternative_text_is_the_finding(path: Path) -> None:
     text = path.read_text()
-    assert 'role="img" aria-label="Large is slow &amp; good."' in text
+    assert 'role="img" aria-label="Large is slow &amp; good. Up is better."' in text
     assert 'role="img" aria-label="The &lt;curves&gt;: loss (nats) against epoch"' in text
 
 

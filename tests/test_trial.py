@@ -14,7 +14,7 @@ from training.loop import train
 from utils import Split
 
 SMALL = ("--synthetic", "--model", "original_cnn", "--optimizer", "adamw", "--lr", "0.001",
-         "--batch-size", "500", "--epochs", "1", "--refresh-norms", "0", *MACHINE)
+         "--batch-size", "500", "--epochs", "1", "--average", "0", *MACHINE)
 
 
 def test_a_trial_measures_images_that_it_did_not_train_on_and_writes_nothing(
@@ -43,7 +43,8 @@ def test_a_trial_measures_images_that_it_did_not_train_on_and_writes_nothing(
 
 
 @pytest.mark.parametrize("flags", [
-    ("--train-on-all",), ("--seeds", "0,1"), ("--name", "x"), ("--overfit-batch",), ("--results-dir", "x"),
+    ("--train-on-all",), ("--init-from", __file__), ("--seeds", "0,1"), ("--name", "x"), ("--overfit-batch",),
+    ("--results-dir", "x"), ("--tensorboard",),
 ])
 def test_flags_that_a_trial_cannot_follow_are_refused(
     flags: tuple[str, ...], capsys: pytest.CaptureFixture[str]

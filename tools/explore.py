@@ -42,7 +42,17 @@ from evaluation.metrics import coarse_of_fine
 from models.layers import set_side
 from training.loop import fit_and_place, make_mix
 from training.settings import Script, Settings
-from utils import Split, batches, default_data_dir, derived_seed, image_hashes, load_cifar100, load_test_set, to_float
+from utils import (
+    Split,
+    batches,
+    default_data_dir,
+    derived_seed,
+    image_hashes,
+    load_cifar100,
+    load_test_set,
+    steps_per_epoch,
+    to_float,
+)
 
 EXTREMES = 8  # images at each end
 VIEWED, MAX_EPOCHS = 5, 9  # images and epochs in the figures of network inputs
@@ -148,6 +158,7 @@ def network_inputs(
     numbered = dataclasses.replace(split, fine_labels=torch.arange(len(split)))  # to recognize the images
     model = fit_and_place(script.build_model(settings, len(split.fine_names)), split, settings)
     mix = make_mix(settings, num_classes=len(split.fine_names))
+    steps = steps_per_epoch(len(split), settings.batch_size)
     inputs_per_epoch = []
     for epoch in epochs:
         set_side(model, settings.side_in(epoch))
@@ -157,7 +168,8 @@ def network_inputs(
             wanted = [row for row, number in enumerate(numbers.tolist()) if number in positions]
             if wanted:
                 torch.manual_seed(derived_seed("model", settings.seed, epoch, step))
-                images, _ = mix(images, split.fine_labels[numbers], epoch)
+                fraction = (epoch * steps + step) / (steps * settings.epochs)
+                images, _ = mix(images, split.fine_labels[numbers], fraction)
                 inputs = _without_normalization(model, _first_layer_input(model, images[wanted]))
                 found |= dict(zip(numbers[wanted].tolist(), inputs, strict=True))
         inputs_per_epoch.append(torch.stack([found[position] for position in positions]))

@@ -32,10 +32,11 @@ SCRIPT = replace(train_cnn.SCRIPT, file="tools.trial", description=__doc__)
 def main(argv: list[str] | None = None) -> int:
     options = parse_command_line(SCRIPT, argv)
     settings = options.settings
-    if {"train_on_all", "tensorboard"} & options.given.keys() or options.overfit_batch or options.seeds[1:] or (
-            options.name or options.resume or options.results_dir != RESULTS_DIR):
-        raise UserError("a trial has one seed and writes no file: leave out --seeds, --train-on-all, --overfit-batch, "
-                        "--name, --resume, --results-dir and --tensorboard")
+    if {"train_on_all", "init_from", "tensorboard"} & options.given.keys() or options.overfit_batch or (
+            options.seeds[1:] or options.name or options.resume or options.results_dir != RESULTS_DIR):
+        raise UserError("a trial has one seed, holds out its own images and writes no file: leave out --seeds, "
+                        "--train-on-all, --init-from, --overfit-batch, --name, --resume, --results-dir and "
+                        "--tensorboard")
     everything, _ = load_cifar100(settings.data_folder, train_on_all=True, use_synthetic=settings.synthetic)
     is_held_out = validation_mask(everything, len(everything) // len(everything.fine_names) // HELD_OUT)
     train_split, held_out = everything[~is_held_out], everything[is_held_out]

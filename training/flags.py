@@ -55,7 +55,7 @@ def parse_command_line(script: Script, argv: list[str] | None = None) -> Options
     seeds = control.pop("seeds", (settings.seed,))
     if len(set(seeds)) < len(seeds) or min(seeds) < 0:
         raise UserError(f"--seeds must be different integers of at least 0, not {show(seeds)}")
-    settings = dataclasses.replace(settings, **_absolute_paths(settings, control.get("results_dir", RESULTS_DIR)))
+    settings = dataclasses.replace(settings, **_absolute_paths(settings, control["results_dir"]))
     given |= {name: getattr(settings, name) for name in given}
     for seed in seeds:
         dataclasses.replace(settings, seed=seed)  # refuse a bad seed now, not after the runs before it
@@ -157,6 +157,9 @@ def _refuse_without_effect(options: Options) -> None:
         raise UserError("--init-from has no effect with --resume, which takes the run's own weights: use one of them")
     if options.loss and not options.overfit_batch:
         raise UserError("--loss has no effect without --overfit-batch")
+    if {"average", "refresh_norms"} & options.given.keys() and (
+            options.settings.average and not options.settings.refresh_norms and not options.resume):
+        raise UserError("--average needs --refresh-norms above 0: batch norm's statistics are those of other weights")
     for f in dataclasses.fields(options.settings):
         if not options.given.get(f.name):
             continue

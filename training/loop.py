@@ -4,6 +4,7 @@ It sees training and validation images only. Everything random is derived from (
 consists of the weights, the optimizers and how far the run has come: no generator needs to be saved.
 """
 
+import copy
 import itertools
 import math
 import signal
@@ -38,9 +39,9 @@ from training.hardware import (
     require_memory,
     synchronize,
 )
-from training.optimizers import Average, make_optimizers, set_rates
+from training.optimizers import make_optimizers, replace_by_average, set_rates
 from training.run_folder import Run
-from training.settings import CUTMIX_EPOCHS, Script, Settings
+from training.settings import CUTMIX_SHARE, Script, Settings
 from utils import Augmentation, Split, batches, compute_logits, derived_seed, steps_per_epoch, to_float
 
 STOP_SIGNALS = ("SIGINT", "SIGTERM", "SIGHUP", "SIGUSR1")  # Ctrl-C, kill, a lost terminal, a scheduler's warning
@@ -104,11 +105,12 @@ def train(
 
             for images, labels in batches(data, settings.batch_size, settings.augmentation, seed=settings.seed,
                                           epoch=epoch, first_step=progress.step):
-                set_rates(optimizers, settings, (epoch * steps + progress.step) / (steps * settings.epochs))
+                fraction = (epoch * steps + progress.step) / (steps * settings.epochs)  # of the training
+                set_rates(optimizers, settings, fraction)
 
                 # Every process mixes alike, whatever their number; dropout is drawn per process.
                 torch.manual_seed(derived_seed("model", settings.seed, epoch, progress.step))
-                images, targets = map(processes.part, mix(images, labels, epoch))
+                images, targets = map(processes.part, mix(images, labels, fraction))
                 if processes.count > 1:
                     torch.manual_seed(derived_seed("model", settings.seed, epoch, progress.step, processes.rank))
                 weight = len(images) * processes.count / len(labels)  # 1 if the batch divides evenly
@@ -143,8 +145,7 @@ def train(
             # row of metrics.csv and one line.
             require_finite([loss_sum], "loss", run, progress)
             if epoch + 1 == settings.epochs:
-                if isinstance(optimizers[-1], Average):
-                    optimizers[-1].replace_weights()
+                replace_by_average(optimizers)
                 refresh_norms(model, data, settings.refresh_norms, seed=settings.seed)
             synchronize(device)
             progress.seconds = time.perf_counter() - started
@@ -268,39 +269,42 @@ def load_weights(model: nn.Module, path: str) -> None:
         raise UserError(f"the weights in {path} do not fit this network: give it the settings of their run") from error
 
 
-def make_mix(settings: Settings, num_classes: int) -> Callable[[Tensor, Tensor, int], tuple[Tensor, Tensor]]:
+def make_mix(settings: Settings, num_classes: int) -> Callable[[Tensor, Tensor, float], tuple[Tensor, Tensor]]:
     """A function that mixes a batch with itself, as `settings` say, by PyTorch's generator of random numbers.
 
     MixUp (Zhang et al. 2017, arXiv 1710.09412) mixes every batch, CutMix (Yun et al. 2019, arXiv 1905.04899) some
-    batches of the first epochs. The function takes images, labels, int64 [B], and the epoch; it returns mixed images
-    and the shares of the classes, float32 [B, num_classes], or the given images and labels.
+    batches until CUTMIX_SHARE of the training is over. Both mix each image with the one before it; CutMix pastes the
+    same box, of an area drawn evenly, in all of them. The function takes images, labels, int64 [B], and how much of the
+    training is over, from 0 to 1; it returns mixed images and the shares of the classes, float32 [B, num_classes], or
+    the given images and labels.
     """
     if not settings.mixup and not settings.cutmix:
-        return lambda images, labels, epoch: (images, labels)
+        return lambda images, labels, fraction: (images, labels)
     from torchvision.transforms.v2 import CutMix, MixUp  # here, because importing torchvision takes a second
 
     if settings.mixup:
         mixup = MixUp(alpha=settings.mixup, num_classes=num_classes)
-        return lambda images, labels, epoch: mixup(images, labels)
+        return lambda images, labels, fraction: mixup(images, labels)
     cutmix = CutMix(num_classes=num_classes)
 
-    def some_batches(images: Tensor, labels: Tensor, epoch: int) -> tuple[Tensor, Tensor]:
-        if epoch >= CUTMIX_EPOCHS * settings.epochs or torch.rand(()) >= settings.cutmix:
+    def mix_some(images: Tensor, labels: Tensor, fraction: float) -> tuple[Tensor, Tensor]:
+        if fraction >= CUTMIX_SHARE or torch.rand(()) >= settings.cutmix:
             return images, labels
         return cutmix(images, labels)
 
-    return some_batches
+    return mix_some
 
 
-def refresh_norms(model: nn.Module, data: Split, images: int, *, seed: int) -> None:
-    """Recompute batch norm's statistics from about `images` unaugmented training images, with the weights as they are.
+def refresh_norms(model: nn.Module, data: Split, count: int, *, seed: int) -> None:
+    """Recompute batch norm's statistics from about `count` unaugmented training images, with the weights as they are.
 
     A running mean lags behind weights that still move, and has seen augmented images (Wu and Johnson 2021, arXiv
     2105.07576, section 3). With 0 images nothing happens.
     """
-    if not images:
+    if not count:
         return
-    steps = math.ceil(min(images, len(data)) / REFRESH_BATCH)
+    torch.manual_seed(derived_seed("refresh", seed))  # of dropout
+    steps = math.ceil(min(count, len(data)) / REFRESH_BATCH)
     update_bn((batch for batch, _ in itertools.islice(
         batches(data, REFRESH_BATCH, Augmentation(), seed=seed, epoch=-1), steps)), model)
 
@@ -333,30 +337,30 @@ def require_finite(tensors: Iterable[Tensor], what: str, run: Run, progress: Pro
 
 
 def forward_flops(model: nn.Module) -> int:
-    """FLOPs of the forward pass of one 32x32 image, a multiply-add counted as two, by PyTorch's own counter."""
-    was_training = model.training
-    image = torch.zeros(1, 3, 32, 32, device=next(model.parameters()).device)
+    """FLOPs of the forward pass of one 32x32 image, a multiply-add counted as two, by PyTorch's own counter.
+
+    Those on a CPU, wherever the model is: a GPU also multiplies the padding of small maps.
+    """
     with torch.no_grad(), FlopCounterMode(display=False) as counter:
-        model.eval()(image)
-    model.train(was_training)
+        copy.deepcopy(model).cpu().eval()(torch.zeros(1, 3, 32, 32))
     return counter.get_total_flops()
 
 
-def epoch_flops(model: nn.Module, images: int, settings: Settings) -> list[int]:
-    """Training FLOPs, 3 x forward, of each epoch on `images` images. The model is left at the last epoch's side."""
+def epoch_flops(model: nn.Module, num_images: int, settings: Settings) -> list[int]:
+    """Training FLOPs, 3 x forward, of each epoch on `num_images` images. The model is left at the last epoch's side."""
     sides = [settings.side_in(epoch) for epoch in range(settings.epochs)]
     forward = {}
     for side in dict.fromkeys(reversed(sides)):
         set_side(model, side)
         forward[side] = forward_flops(model)
     set_side(model, sides[-1])
-    return [3 * forward[side] * images for side in sides]
+    return [3 * forward[side] * num_images for side in sides]
 
 
-def summarize(model: nn.Module, rows: list[dict[str, Any]], images: int, flops: list[int], settings: Settings,
+def summarize(model: nn.Module, rows: list[dict[str, Any]], num_images: int, flops: list[int], settings: Settings,
               processes: Processes, machine: dict[str, Any], *, resumed: bool) -> dict[str, Any]:
-    """The content of `result.json` for a finished training with `images` images per epoch."""
-    seen, seconds = images * settings.epochs, sum(row["seconds"] for row in rows)
+    """The content of `result.json` for a finished training with `num_images` images per epoch."""
+    seen, seconds = num_images * settings.epochs, sum(row["seconds"] for row in rows)
     return {
         **{name: rows[-1][name] for name in ("train_loss", "train_acc", "val_loss", "val_acc")},
         "epochs": settings.epochs,

@@ -11,8 +11,7 @@ from common.errors import UserError
 from training.settings import Settings
 
 WIDE = 3  # columns per row at which orthogonalizing through the Gram matrix becomes cheaper
-SGD_MOMENTUM, SHIFT_RATE, HEAD_RATE = 0.85, 8.0, 4.0  # of SGD next to Muon: see docs/experiments.md, appendix
-NOR_SGD_MOMENTUM = 0.9  # of SGD next to NorMuon, Nesterov
+SGD_MOMENTUM = 0.9  # of SGD next to Muon, Nesterov
 ROW_BETA = 0.95  # decay of the mean squares in NorMuon
 
 
@@ -120,12 +119,14 @@ class Average(torch.optim.Optimizer):
             if not state:
                 state.update(step=torch.tensor(0.0), average=parameter.clone())
             count = state["step"].add_(1).item()
-            state["average"].lerp_(parameter, 1 - min(self.decay, count / (count + 9)))
+            state["average"].lerp_(parameter, 1 - min(self.decay, count / (count + 9)))  # at first, of a tenth of all
 
-    @torch.no_grad()
-    def replace_weights(self) -> None:
-        """Put the mean in the place of the weights."""
-        for parameter, state in self.state.items():
+
+@torch.no_grad()
+def replace_by_average(optimizers: list[torch.optim.Optimizer]) -> None:
+    """Put the running mean in the place of the weights, if there is an Average."""
+    for average in (optimizer for optimizer in optimizers if isinstance(optimizer, Average)):
+        for parameter, state in average.state.items():
             parameter.copy_(state["average"])
 
 
@@ -134,12 +135,10 @@ def make_optimizers(model: nn.Module, settings: Settings) -> list[torch.optim.Op
 
     Weight decay acts on matrices and filters, not on biases and scales. "muon" updates the matrices and
     filters below `model.head`, and AdamW the rest. "muon-sgd" updates only the filters, keeping their
-    norms, and SGD the rest: biases and the head at larger rates. "normuon-sgd" does the same with NorMuon and a single
-    rate for the rest. With `settings.average`, an Average of all weights comes last. Raises UserError if Muon would
-    have nothing to update.
+    norms, and SGD the rest; "normuon-sgd" does the same with NorMuon. With `settings.average`, an Average of
+    all weights comes last. Raises UserError if Muon would have nothing to update.
     """
     parameters = [p for p in model.parameters() if p.requires_grad]
-    in_head = {id(p) for p in model.get_submodule("head").parameters()}
     matrices = [p for p in parameters if p.ndim > 1]
     vectors = [p for p in parameters if p.ndim <= 1]
     decay, no_decay = {"weight_decay": settings.weight_decay}, {"weight_decay": 0.0}
@@ -147,24 +146,17 @@ def make_optimizers(model: nn.Module, settings: Settings) -> list[torch.optim.Op
     optimizers: list[torch.optim.Optimizer]
     muon: dict[str, Any] = {"lr": settings.lr, "weight_decay": settings.weight_decay, "precision": settings.precision}
     if settings.optimizer == "muon":
+        in_head = {id(p) for p in model.get_submodule("head").parameters()}
         hidden = _required([p for p in matrices if id(p) not in in_head], "muon needs hidden layers")
         groups[0]["params"] = [p for p in matrices if id(p) in in_head]
         optimizers = [Muon(hidden, momentum=settings.momentum, **muon),
                       torch.optim.AdamW(groups, lr=settings.other_lr)]
-    elif settings.optimizer == "muon-sgd":
-        filters = _required([p for p in parameters if p.ndim == 4], "muon-sgd needs convolutions")
-        small = [p for p in matrices if p.ndim < 4 and id(p) not in in_head]
-        head = [p for p in matrices if id(p) in in_head]
-        groups = [{"params": small, **decay},
-                  {"params": vectors, "lr": SHIFT_RATE * settings.other_lr, **no_decay},
-                  {"params": head, "lr": HEAD_RATE * settings.other_lr, **decay}]
-        optimizers = [Muon(filters, momentum=settings.momentum, fixed_norm=True, **muon),
-                      torch.optim.SGD(groups, lr=settings.other_lr, momentum=SGD_MOMENTUM, nesterov=True)]
-    elif settings.optimizer == "normuon-sgd":
-        filters = _required([p for p in parameters if p.ndim == 4], "normuon-sgd needs convolutions")
+    elif settings.optimizer in ("muon-sgd", "normuon-sgd"):
+        filters = _required([p for p in matrices if p.ndim == 4], f"{settings.optimizer} needs convolutions")
         groups[0]["params"] = [p for p in matrices if p.ndim < 4]
-        optimizers = [NorMuon(filters, momentum=settings.momentum, fixed_norm=True, **muon),
-                      torch.optim.SGD(groups, lr=settings.other_lr, momentum=NOR_SGD_MOMENTUM, nesterov=True)]
+        of_filters = NorMuon if settings.optimizer == "normuon-sgd" else Muon
+        optimizers = [of_filters(filters, momentum=settings.momentum, fixed_norm=True, **muon),
+                      torch.optim.SGD(groups, lr=settings.other_lr, momentum=SGD_MOMENTUM, nesterov=True)]
     elif settings.optimizer == "sgd":
         optimizers = [torch.optim.SGD(groups, lr=settings.lr, momentum=settings.momentum)]
     else:

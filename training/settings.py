@@ -18,9 +18,10 @@ from utils import NUM_IMAGES, Augmentation, default_data_dir
 
 MAX_RATE = 1e30  # a learning rate; times its largest factor it still fits in float32
 MIN_MIXUP = 1e-6  # below this alpha, no batch is mixed
-CUTMIX_EPOCHS = 0.7  # of all epochs, from the first; then images are whole again
+CUTMIX_SHARE = 0.7  # of the training, from its start; then images are whole again (s20c in docs/experiments.md)
 MAX_NUMBERS = 100  # in a setting that is a list
-AUGMENTING = ("flip", "crop", "jitter", "corrupt", "mixup", "cutmix")  # settings that change training images
+# Settings that change training images, turned off.
+UNALTERED: dict[str, Any] = dict(flip=False, crop=0, jitter=0.0, corrupt=0.0, mixup=0.0, cutmix=0.0)
 _BOUNDS = (("low", "at least", operator.lt), ("above", "above", operator.le), ("high", "at most", operator.gt))
 
 
@@ -64,8 +65,10 @@ class Settings:
                             choices=("constant", "linear", "cosine"))
     lr_floor: float = setting(0.0, "fraction of its peak below which the learning rate does not fall", low=0, high=1,
                               needs={"schedule": ("linear", "cosine")})
-    average: float = setting(0.0, "at the end, take the running mean of the weights with this decay per step, and "
-                             "--refresh-norms for it; 0 takes the last weights", low=0, high=0.9999, one_batch=False)
+    average: float = setting(0.0, "end with the running mean of the weights, with this decay per step, and with "
+                             "--refresh-norms; 0 ends with the last weights", low=0, high=0.9999, one_batch=False)
+    refresh_norms: int = setting(0, "recompute batch norm's statistics at the end from N training images; 0 keeps "
+                                 "the running statistics", low=0, one_batch=False)
     label_smoothing: float = setting(0.0, "label smoothing", low=0, high=1, one_batch=False)
 
     # Augmentation of training images.
@@ -81,11 +84,8 @@ class Settings:
     mixup: float = setting(0.0, "alpha of MixUp's Beta distribution; 0 turns MixUp off", low=0,
                            high=1_000_000, one_batch=False)
     cutmix: float = setting(0.0, "mix this fraction of batches by CutMix, in the first "
-                            f"{100 * CUTMIX_EPOCHS:g}%% of the epochs; not together with MixUp",
-                            low=0, high=1, one_batch=False, needs={"mixup": (0.0,)})
-
-    refresh_norms: int = setting(0, "recompute batch norm's statistics at the end from N training images; 0 keeps "
-                                 "the running statistics", low=0, one_batch=False)
+                            f"{100 * CUTMIX_SHARE:g}%% of the steps; not together with MixUp",
+                            low=0, high=1, one_batch=False)
 
     # Data and seed.
     seed: int = setting(0, "seed of initial weights, image order, augmentation and dropout", low=0,
@@ -119,6 +119,8 @@ class Settings:
             _check(flag_of(f.name), getattr(self, f.name), f.metadata)
         if 0 < self.mixup < MIN_MIXUP:
             raise UserError(f"--mixup must be 0 or at least {MIN_MIXUP:g}, not {show(self.mixup)}")
+        if self.mixup and self.cutmix:
+            raise UserError("MixUp and CutMix cannot be used together: give --mixup 0 or --cutmix 0")
 
     @property
     def augmentation(self) -> Augmentation:
@@ -127,7 +129,7 @@ class Settings:
     @property
     def augments(self) -> bool:
         """Whether training images are changed before they enter the network."""
-        return any(getattr(self, name) for name in AUGMENTING)
+        return any(getattr(self, name) for name in UNALTERED)
 
     def side_in(self, epoch: int) -> int | None:
         """The side, in pixels, to which images are scaled in this epoch; None if the network fixes it."""
