@@ -40,10 +40,11 @@ from common.run_files import find_run
 from common.text import printable
 from evaluation import corruptions
 from evaluation.all_figures import draw
-from evaluation.blocks import Published, renew_blocks
+from evaluation.blocks import renew_blocks
 from evaluation.check import check
 from evaluation.finished_runs import FinishedRun, TestSet, find_runs, find_unfinished, named_run, not_finished
 from evaluation.publish import label_weights, publish, publish_calibration, publish_overfit
+from evaluation.published_runs import Published
 from evaluation.tables import comparison, ensemble_table, run_table
 from utils import default_data_dir
 

@@ -8,7 +8,7 @@ import numpy as np
 from common.files import ROOT
 from common.run_files import PUBLISHED
 from evaluation import corruptions, figures, insights
-from evaluation.blocks import Published, calibrations
+from evaluation.blocks import calibrations
 from evaluation.costs import OURS, measured_costs
 from evaluation.finished_runs import FinishedRun
 from evaluation.metrics import (
@@ -19,6 +19,7 @@ from evaluation.metrics import (
     confusion_matrix,
     softmax,
 )
+from evaluation.published_runs import Published
 from evaluation.searches import read_searches, waterfall_figure
 from evaluation.tables import by_recipe
 

@@ -6,10 +6,7 @@ A block is `<!-- NAME: written by `COMMAND`, checked by `python evaluate.py --ch
 
 import re
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
-from functools import cached_property
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 
@@ -18,7 +15,7 @@ from common.files import ROOT, read_json, write_text
 from common.run_files import CALIBRATION, PUBLISHED
 from common.text import overfit_table, spaced
 from evaluation import corruptions
-from evaluation.finished_runs import FinishedRun, TestSet
+from evaluation.finished_runs import FinishedRun
 from evaluation.images import answer, answer_text, find_weights, model_text
 from evaluation.metrics import (
     Calibration,
@@ -30,6 +27,8 @@ from evaluation.metrics import (
     softmax,
 )
 from evaluation.publish import fitted_temperature
+from evaluation.published_runs import Published
+from evaluation.quotes import with_quotes
 from evaluation.tables import (
     WITHOUT_DUPLICATES,
     by_recipe,
@@ -37,7 +36,6 @@ from evaluation.tables import (
     full_table,
     headline,
     short_table,
-    summarize,
 )
 from models import WeightsError, load_model
 
@@ -45,46 +43,6 @@ START = re.compile(r"<!-- (?P<name>[\w-]+): written by `[^`\n]+`, checked by `py
 END = re.compile(r"<!-- end of (?P<name>[\w-]+) -->")
 DRAWING = Path("docs/figures/drawing.png")
 NAMED = 5  # best classes, worst classes and most confused pairs in the block `classes`
-
-
-@dataclass(frozen=True)
-class Published:
-    """Everything that a block may be derived from: the published runs and the real test set.
-
-    alone: this is one other run instead, for its figures and its report.
-    """
-
-    results_dir: Path
-    runs: list[FinishedRun]
-    test: TestSet
-    alone: bool = False
-
-    @cached_property
-    def rows(self) -> list[dict[str, Any]]:
-        """The content of an up-to-date `results.json`."""
-        return summarize(self.runs, self.test)
-
-    @cached_property
-    def ranked(self) -> list[FinishedRun]:
-        """One run per recipe, best recipe first: its first seed, since picking the best seed would be a choice made
-        on the test set. Raises UserError if nothing is published.
-        """
-        if not self.runs:
-            raise UserError(f"nothing is published in {self.results_dir / PUBLISHED}: name one of your runs, or "
-                            "publish one with python evaluate.py --publish NAME")
-        recipes = by_recipe(self.runs)
-        return [recipes[row["recipe"]][0] for row in reversed(self.rows)]
-
-    @property
-    def with_weights(self) -> list[FinishedRun]:
-        """The published runs that have weights, best recipe first; at most one per recipe has them."""
-        recipes = by_recipe(self.runs)
-        return [run for row in reversed(self.rows) for run in recipes[row["recipe"]] if run.weights.exists()]
-
-    @property
-    def corrupted(self) -> list[FinishedRun]:
-        """Those that `--corruptions` has measured."""
-        return [run for run in self.with_weights if (run.folder / corruptions.FILE).exists()]
 
 
 # ---- The text of each block -----------------------------------------------------------------------------------------
@@ -283,7 +241,7 @@ def with_blocks(text: str, document: str, write: Callable[[str, str], str]) -> s
 
 
 def updated(path: Path, published: Published, root: Path) -> tuple[str, list[str], list[str]]:
-    """A document with its blocks brought up to date, the names of those that changed, and a line per failed block."""
+    """A document with its blocks and quoted numbers brought up to date, what changed, and a line per failed one."""
     stale, problems, document = [], [], str(path.relative_to(root))
 
     def write(name: str, old: str) -> str:
@@ -300,7 +258,9 @@ def updated(path: Path, published: Published, root: Path) -> tuple[str, list[str
     text = _read_text(path)
     if path == root / "README.md" and not any(name == "results" for name, *_ in find_blocks(text, document)):
         raise UserError("README.md has lost the markers around its results table")
-    return with_blocks(text, document, write), stale, problems
+    text, changed, failed = with_quotes(with_blocks(text, document, write), published)
+    return (text, [*(f"block {name}" for name in stale), *(f"number {key!r}" for key in changed)],
+            [*problems, *(f"{document}: {problem}" for problem in failed)])
 
 
 def renew_blocks(published: Published, root: Path) -> list[str]:
@@ -315,10 +275,10 @@ def renew_blocks(published: Published, root: Path) -> list[str]:
 
 
 def check_blocks(published: Published, root: Path) -> list[str]:
-    """A line for each block in a document that does not follow from the published files."""
+    """A line for each block or quoted number in a document that does not follow from the published files."""
     problems = []
     for path in documents(root):
         _, stale, failed = updated(path, published, root)
-        problems += failed + [f"{path.relative_to(root)}: the block {name} does not match the published files: "
+        problems += failed + [f"{path.relative_to(root)}: the {name} does not match the published files: "
                               "run python evaluate.py" for name in stale]
     return problems

@@ -9,10 +9,11 @@ import torch
 from common.errors import UserError
 from common.files import read_json
 from common.run_files import PUBLISHED
-from evaluation.blocks import Published, check_blocks
+from evaluation.blocks import check_blocks
 from evaluation.corruptions import FILE, MEASURE, STRENGTHS, differing
 from evaluation.finished_runs import read_predictions
 from evaluation.publish import labeled_weights
+from evaluation.published_runs import Published
 from models import WeightsError, load_model
 from utils import compute_logits
 

@@ -20,11 +20,11 @@ from common.files import ROOT, write_text
 from common.run_files import PUBLISHED
 from common.text import flops_text, spaced
 from evaluation import corruptions
-from evaluation.blocks import Published
 from evaluation.costs import OURS, measured_costs
 from evaluation.finished_runs import FinishedRun, TestSet, read_hashes
 from evaluation.metrics import softmax
 from evaluation.publish import fitted_temperature
+from evaluation.published_runs import Published
 from evaluation.tables import CITED, WITHOUT_DUPLICATES, headline, minutes
 from utils import load_cifar100
 

@@ -6,6 +6,7 @@ The published runs here are synthetic ones whose config.json claims otherwise, w
 import hashlib
 import json
 import os
+import re
 import shlex
 import shutil
 import signal
@@ -28,6 +29,7 @@ from common.text import overfit_table
 from evaluation import all_figures, blocks, corruptions, figures, finished_runs, insights, publish
 from evaluation.finished_runs import FinishedRun, TestSet, find_runs, named_run
 from evaluation.metrics import fit_temperature, measure, softmax
+from evaluation.published_runs import Published
 from evaluation.tables import CITED, full_table, headline, short_table
 from models import labeled, load_model, save_model
 from tests.helpers import (
@@ -37,6 +39,7 @@ from tests.helpers import (
     drawn_once,  # noqa: F401 (a fixture)
     edit_settings,
     error_line,
+    metrics,
     read_json,
     run_names,
     train_tiny,
@@ -818,8 +821,8 @@ def test_figures_show_published_runs(documented: Site, capsys: pytest.CaptureFix
 
 def test_figures_that_need_weights_are_of_the_run_that_is_named(documented: Site) -> None:
     """The published mlp-s1 has none; its recipe's first seed, whose filters are shown, has."""
-    shown = blocks.Published(documented.results, [run for run in find_runs(documented.results) if run.published],
-                              TestSet("", synthetic=True))
+    shown = Published(documented.results, [run for run in find_runs(documented.results) if run.published],
+                      TestSet("", synthetic=True))
     for name, expected in (("mlp-s0", {"filters", "class-map"}), ("mlp-s1", {"filters"})):
         run = named_run(f"published/{name}", documented.results)
         drawn = all_figures.draw_insights(shown, run, np.full((SYNTHETIC_IMAGES, 100), 0.01), name)
@@ -917,6 +920,42 @@ def test_each_block_edited_by_hand_fails_the_check(documented: Site, capsys: pyt
     assert all("all.md" in line and f"block {name} " in line for line, name in zip(lines, blocks.BLOCKS, strict=True))
     assert documented.main() == 0
     assert documented.document.read_text() == whole
+
+
+QUOTES = ["top1 of mlp", "spread of mlp", "top5 of mlp", "superclass of mlp", "distinct of mlp", "training of mlp",
+          "unchanged of mlp", "noise of mlp", "noise 0.05 of mlp", "minutes of mlp over theirs (7 epochs)",
+          "flops of mlp over theirs (7 epochs)"]
+COSTS = """
+| recipe | training FLOPs | training time | test accuracy (%) |
+|---|---|---|---|
+| --recipe mlp | 4e13 | 3.0 min | |
+| theirs (7 epochs) | 1e14 | 2.0 h | 70.7 |
+"""
+
+
+def test_quoted_numbers_are_renewed_and_checked(documented: Site, capsys: pytest.CaptureFixture[str]) -> None:
+    (documented.published / "benchmarks" / "time_to_accuracy.md").write_text(COSTS)
+    with open(documented.document, "a") as file:
+        file.writelines(f"It is 0.000<!-- {key} -->%,\n" for key in QUOTES)
+        file.write("or 0<!-- top1 of\nmlp -->, and 7<!-- a remark --> or 7<!-- noise 3 of mlp -->.\n")
+    assert documented.main("--check") == 1
+    assert capsys.readouterr().out.count("the number '") == len(QUOTES) + 1
+    assert documented.main() == 0
+    text = documented.document.read_text()
+    found = {key: number for number, key in re.findall(r"(\S+)<!-- ([^<]+) -->%", text)}
+    row = next(row for row in read_json(documented.results / "results.json") if row["recipe"] == "mlp")
+    curves = [metrics(documented.published / name)[-1] for name in ("mlp-s0", "mlp-s1")]
+    for key, number in (("top1 of mlp", "mean"), ("spread of mlp", "std")):
+        assert found[key] == f"{row['top1'][number]:.3f}"
+    assert found["training of mlp"] == f"{np.mean([float(one['train_acc']) for one in curves]):.3f}"
+    assert found["minutes of mlp over theirs (7 epochs)"] == "0.025"
+    assert found["flops of mlp over theirs (7 epochs)"] == "0.400"
+    assert 0 < float(found["noise 0.05 of mlp"]) != float(found["noise of mlp"])
+    assert f"or {row['top1']['mean']:.0f}<!-- top1 of\nmlp -->" in text
+    capsys.readouterr()
+    assert documented.main("--check") == 1
+    lines = capsys.readouterr().out.splitlines()
+    assert len(lines) == 2 and "called 'a remark'" in lines[0] and "strengths of noise are" in lines[1]
 
 
 def test_a_block_without_its_data_is_named_and_kept(documented: Site, capsys: pytest.CaptureFixture[str]) -> None:
