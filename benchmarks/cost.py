@@ -1,4 +1,4 @@
-"""Cost of each recipe on this machine: peak memory, training images per second, and the optimizer's share of the time.
+"""Cost of each recipe on this machine: peak memory, training images per second, and where the time goes.
 
     python -m benchmarks.cost                    # all recipes, each in its own process
     python -m benchmarks.cost --recipe strong    # one recipe, in this process, as one line of JSON
@@ -6,8 +6,9 @@
 
 Each recipe trains on 5,000 images for two epochs at each of its resolutions, and the second epoch is timed. It uses
 the ordinary training loop, writes the ordinary files, and holds the whole dataset in memory. The memory is the GPU's on
-a GPU, otherwise that of the whole process. Exits with 1 if a recipe needs more than 4 GiB on a CPU. Takes about three
-minutes on two CPU cores.
+a GPU, otherwise that of the whole process. What products (convolutions and matrix products) take of the forward and
+backward passes comes from torch.profiler, for one batch at each resolution. Exits with 1 if a recipe needs more than
+4 GiB on a CPU. Takes about three minutes on two CPU cores.
 """
 
 import json
@@ -21,24 +22,28 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from torch import Tensor, nn
 from torch.optim.optimizer import register_optimizer_step_post_hook, register_optimizer_step_pre_hook
+from torch.profiler import profile
 
 import train_cnn
 import train_mlp
 from common.command_line import Parser, exit_status
 from common.errors import UserError
 from common.text import machine_text
+from models.layers import set_side
 from training.distributed import ALONE
-from training.hardware import choose_precision, machine_facts, prepare_device
-from training.loop import new_model, train
+from training.hardware import autocast, choose_precision, machine_facts, prepare_device
+from training.loop import loss_of, new_model, train
 from training.run_folder import RunFolder
-from training.settings import Script
-from utils import default_data_dir, load_cifar100
+from training.settings import Script, Settings
+from utils import default_data_dir, load_cifar100, to_float
 
 SCRIPTS = {recipe: script for script in (train_mlp.SCRIPT, train_cnn.SCRIPT) for recipe in script.recipes}
 EPOCHS_PER_SIDE = 2
 IMAGES, VALIDATION_IMAGES = 5_000, 1_000  # one batch of validation images
 MAX_CPU_MEMORY = 4 * 2**30  # bytes
+PRODUCTS = ("conv", "addmm", "bmm", "::mm", "linear")  # in the names of convolutions and matrix products
 
 
 def measure(script: Script, recipe: str, data_dir: str, *, synthetic: bool) -> dict[str, Any]:
@@ -75,23 +80,44 @@ def measure(script: Script, recipe: str, data_dir: str, *, synthetic: bool) -> d
                        after_epoch=note)
     for hook in hooks:
         hook.remove()
+    batch = train_split[some[:short.batch_size]]
+    images, labels = to_float(batch.images).to(short.device), batch.fine_labels.to(short.device)
+    passes = {side: time_in_passes(model, images, labels, side, short) for side in sides}
+    products, everything = (sum(passes[side][part] for side in course) for part in (0, 1))
     return {"recipe": recipe, "parameters": result["parameters"], "batch_size": short.batch_size,
             "precision": short.precision, "device": short.device, "peak_memory_bytes": result["peak_memory_bytes"],
             "images_per_second": {str(side or "any"): len(some) / seconds[side] for side in sides},
             "mean_images_per_second": len(some) * len(course) / sum(seconds[side] for side in course),
-            "optimizer_share": sum(in_optimizer[side] for side in course) / sum(seconds[side] for side in course)}
+            "optimizer_share": sum(in_optimizer[side] for side in course) / sum(seconds[side] for side in course),
+            "product_share": products / everything}
+
+
+def time_in_passes(model: nn.Module, images: Tensor, labels: Tensor, side: int | None, settings: Settings
+                   ) -> tuple[float, float]:
+    """The time that products take in a forward and backward pass, and the time of all operations, in microseconds."""
+    set_side(model.train(), side)
+    images = images.contiguous(memory_format=torch.channels_last)
+    for _ in range(2):  # the first pass warms up
+        with profile() as profiler:
+            with autocast(images.device, settings.precision):
+                logits = model(images)
+            loss_of(settings)(logits.float(), labels).backward()
+    clock = "self_cpu_time_total" if images.device.type == "cpu" else "self_device_time_total"
+    times = [(event.key, getattr(event, clock)) for event in profiler.key_averages()]
+    return sum(time for key, time in times if any(part in key for part in PRODUCTS)), sum(time for _, time in times)
 
 
 def table(rows: list[dict[str, Any]]) -> str:
     """The costs as a Markdown table."""
-    lines = ["| recipe | parameters | batch | images/s, by side | images/s | optimizer (% of time) | peak GiB |",
-             "|---|---:|---:|---|---:|---:|---:|"]
+    lines = ["| recipe | parameters | batch | images/s, by side | images/s | optimizer (% of time) "
+             "| products (% of the passes) | peak GiB |", "|---|---:|---:|---|---:|---:|---:|---:|"]
     for row in rows:
         speeds = row["images_per_second"]
         by_side = ", ".join(f"{speed:,.0f} at {side}" for side, speed in speeds.items() if side != "any")
         memory = (row["peak_memory_bytes"] or math.nan) / 2**30  # NaN on a system that does not report it
         lines.append(f"| {row['recipe']} | {row['parameters'] / 1e6:.2f} M | {row['batch_size']} | {by_side} "
-                     f"| {row['mean_images_per_second']:,.0f} | {100 * row['optimizer_share']:.0f} | {memory:.2f} |")
+                     f"| {row['mean_images_per_second']:,.0f} | {100 * row['optimizer_share']:.0f} "
+                     f"| {100 * row['product_share']:.0f} | {memory:.2f} |")
     return "\n".join(lines)
 
 

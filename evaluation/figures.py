@@ -38,8 +38,8 @@ CAPTIONS = {
                       "on every machine. Bars show the standard deviation over seeds, where there are several; numbers "
                       "in brackets are epochs.",
     "curves": "Training accuracy over the epochs (blue, one line per seed) and test accuracy at the end (orange). The "
-              "gap between their ends shows how much was memorized; augmentation narrows it. With MixUp, as in mlp, the "
-              "two cannot be compared.",
+              "gap between their ends shows how much was memorized; augmentation narrows it. With MixUp, as in mlp, "
+              "the two cannot be compared.",
     "confused": "Each row is a pair of classes: on the left the most confident mistakes, on the right correctly "
                 "classified images of the class that they were taken for. Could you separate them?",
     "mistakes": "Above each image the prediction and its probability, below it the label. Some labels are wrong, and "
