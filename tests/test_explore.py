@@ -160,7 +160,7 @@ def test_inputs_are_those_of_a_real_training(module, side, tmp_path, monkeypatch
     monkeypatch.setattr(module, "train", note_settings)
     monkeypatch.setattr(loop, "training_step", note_images)
     flags = ["--synthetic", "--epochs", "1", "--batch-size", "500", "--widths", "8,8,8", "--crop", "4",
-             "--jitter", "0.2", "--mixup", "0.5", "--seed", "3", "--refresh-norms", "0", "--results-dir", str(tmp_path),
+             "--jitter", "0.2", "--mixup", "0.5", "--seed", "3", "--average", "0", "--results-dir", str(tmp_path),
              *MACHINE, *side]
     assert exit_status(lambda: module.main(flags)) == 0
     trained_on = torch.cat(batches)

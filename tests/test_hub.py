@@ -113,9 +113,8 @@ def test_weights_that_are_missing_are_no_entry_point(hub_archive: Path, tmp_path
 def test_the_readme_loads_a_network_as_it_says(monkeypatch: pytest.MonkeyPatch) -> None:
     text = (ROOT / "README.md").read_text(encoding="utf-8")
     code = next(part.split("```")[0] for part in text.split("```python\n") if "torch.hub.load(" in part.split("```")[0])
-    local = torch.hub.load
-    monkeypatch.setattr(torch.hub, "load", lambda repository, name: local(str(ROOT), name, source="local"))
-    assert code.count("\n") == 3 and '"OWNER/REPO"' in code
+    monkeypatch.chdir(ROOT)
+    assert code.count("\n") == 3
     printed = []
     exec(code, {"torch": torch, "images": torch.rand(2, 3, 32, 32), "print": printed.append})
     assert len(printed[0]) == 2 and set(printed[0]) <= set(FINE_NAMES)

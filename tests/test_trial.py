@@ -43,11 +43,13 @@ def test_a_trial_measures_images_that_it_did_not_train_on_and_writes_nothing(
 
 
 @pytest.mark.parametrize("flags", [
-    ("--train-on-all",), ("--init-from", __file__), ("--seeds", "0,1"), ("--name", "x"), ("--overfit-batch",),
-    ("--results-dir", "x"), ("--tensorboard",),
+    ("--train-on-all",), ("--init-from", "w.safetensors"), ("--seeds", "0,1"), ("--name", "x"), ("--overfit-batch",),
+    ("--results-dir", "x"),
 ])
 def test_flags_that_a_trial_cannot_follow_are_refused(
-    flags: tuple[str, ...], capsys: pytest.CaptureFixture[str]
+    flags: tuple[str, ...], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
+    monkeypatch.chdir(tmp_path)
+    Path("w.safetensors").touch()
     assert exit_status(lambda: trial.main(["--synthetic", *flags])) == 2
     assert "a trial has one seed" in error_line(capsys)
