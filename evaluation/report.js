@@ -298,7 +298,7 @@ function drawMatrix() {
     context.fillRect(0, CELL * at, CELL * size, 1);
   });
   const numbered = (named) => data.superclasses.map((name, coarse) => {
-    const item = make("li", {}, ...(named ? [make("span", {}, `${name} `)] : []), `${coarse + 1}`);
+    const item = make("li", {}, ...(named ? [make("span", {}, `${name} · `)] : []), `${coarse + 1}`);
     item.style.setProperty("--classes", data.superclassOf.filter((of) => of === coarse).length);
     return item;
   });
