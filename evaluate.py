@@ -1,7 +1,7 @@
 """Measure finished runs on the test set, publish them, and derive every published table and figure from them.
 
     python evaluate.py                        # all runs with weights: print a table, and update results.json and the
-                                              # tables in README.md and docs/
+                                              # tables and numbers in README.md and docs/
     python evaluate.py mlp-s0                 # only these runs; updates nothing
     python evaluate.py --wide                 # the table with cross-entropy, near-duplicates left out, parameters
     python evaluate.py fast-s0 --tta flip     # adds a line with predictions averaged over mirror images
@@ -194,7 +194,7 @@ def _say_accuracy(name: str, strengths: list[str], accuracy: np.ndarray) -> None
 
 
 def _update(published: Published) -> None:
-    """Write results.json, the temperatures of published weights, and every block of README.md and docs/.
+    """Write results.json, the temperatures of published weights, and the blocks and numbers of README.md and docs/.
 
     Print what could not be written.
     """

@@ -22,7 +22,7 @@ from training.flags import parse_command_line
 from training.loop import prepare, train
 from training.overfit import overfit_batch
 from training.run_folder import create_run, resume_run
-from training.settings import UNALTERED, Script, Settings, setting
+from training.settings import NO_AUGMENTATION, Script, Settings, setting
 from utils import load_cifar100
 
 # ---- Settings and recipes -------------------------------------------------------------------------------------------
@@ -67,7 +67,7 @@ RECIPES: dict[str, dict[str, Any]] = {
 OVERFIT: dict[str, Any] = dict(
     epochs=100, batch_size=64, optimizer="adam", lr=1e-3, weight_decay=0.0, warmup=0.0, schedule="constant",
     lr_floor=0.0, average=0.0, refresh_norms=0, label_smoothing=0.0, alternate=False, sides=(20,), precision="float32",
-    **UNALTERED,
+    **NO_AUGMENTATION,
 )
 
 

@@ -21,7 +21,7 @@ from training.flags import parse_command_line
 from training.loop import prepare, train
 from training.overfit import overfit_batch
 from training.run_folder import create_run, resume_run
-from training.settings import UNALTERED, Script, Settings, setting
+from training.settings import NO_AUGMENTATION, Script, Settings, setting
 from utils import load_cifar100
 
 # ---- Settings and recipe --------------------------------------------------------------------------------------------
@@ -57,7 +57,7 @@ RECIPES: dict[str, dict[str, Any]] = {
 OVERFIT: dict[str, Any] = dict(
     epochs=1000, batch_size=64, optimizer="adam", lr=1e-4, weight_decay=0.0, warmup=0.0, schedule="constant",
     label_smoothing=0.0, precision="float32", widths=(512, 256, 128), side=32, dropout=0.0, batch_norm=False,
-    **UNALTERED,
+    **NO_AUGMENTATION,
 )
 
 

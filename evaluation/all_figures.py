@@ -33,7 +33,7 @@ def draw(shown: Published, run: FinishedRun) -> dict[str, Any]:
     """
     test = shown.test
     labels, names, classes = test.fine_labels, test.fine_names, len(test.fine_names)
-    images, probabilities = test.images.numpy(), softmax(run.logits(test))
+    images, probabilities = test.images.numpy(), softmax(shown.calibrated_logits(run))
     predicted = probabilities.argmax(1)
     confusion = confusion_matrix(predicted, labels, classes)
     fit = figures.fit_to_show(test.coarse_labels, test.coarse_names)
@@ -41,7 +41,7 @@ def draw(shown: Published, run: FinishedRun) -> dict[str, Any]:
     confused = confused_pairs(confusion_matrix(predicted[fit], labels[fit], classes), PAIRS, once=True)
     name = f"{run.name} on SYNTHETIC IMAGES, not CIFAR-100" if run.synthetic else run.name
 
-    calibrated, found = run, {1.0: calibration(probabilities, labels)}
+    calibrated, found = run, {1.0: calibration(softmax(run.logits(test)), labels)}
     if not shown.alone:
         calibrated = next((one for one in (run, *shown.ranked) if len(calibrations(shown, one)) > 1), run)
         found = calibrations(shown, calibrated)
@@ -117,7 +117,7 @@ def draw_recipes(published: Published) -> dict[str, Any]:
     if measured := measured_costs(costs):
         drawn["accuracy-time"] = figures.accuracy_time_figure(published.rows, costs)
         drawn["accuracy-time"].finding = ", ".join(
-            f"{cost['name'].removeprefix(OURS)} {cost['accuracy']:.1f}% in {cost['minutes']:.3g} minutes"
+            f"{cost['name'].removeprefix(OURS)} {cost['accuracy']:.1f}% in {cost['minutes']:,.0f} minutes"
             for cost in measured if cost["accuracy"]) + "."
     robust = {run.name: (corruptions.clean_accuracy(run, published.test), corruptions.accuracy(run, published.test))
               for run in published.corrupted}

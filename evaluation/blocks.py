@@ -264,7 +264,7 @@ def updated(path: Path, published: Published, root: Path) -> tuple[str, list[str
 
 
 def renew_blocks(published: Published, root: Path) -> list[str]:
-    """Bring every document up to date; returns a line for each block that could not be."""
+    """Bring every document up to date; returns a line for each block or quoted number that could not be."""
     problems = []
     for path in documents(root):
         text, stale, failed = updated(path, published, root)

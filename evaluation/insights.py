@@ -31,7 +31,7 @@ MAP_SIZE = (8.8, 8.6)  # inches
 SLACK = 0.01  # inches that two names may come closer than their boxes allow
 EXAMPLES = 3  # right predictions, and as many wrong ones
 NOT_SHOWN = (PEOPLE, "fish")  # superclasses; anglers hold up their fish
-LUMINANCE = 0.18  # its contrast with white is 4.6, with black as well
+LUMINANCES = (0.13, 0.25)  # of text; their contrast with white and with black is at least 3.5
 GOLDEN = (5**0.5 - 1) / 2  # multiples of it, modulo 1, are far apart: hues of many classes
 
 
@@ -224,11 +224,11 @@ def spread(centers: np.ndarray, sizes: np.ndarray, bounds: np.ndarray) -> np.nda
     return centers
 
 
-def _readable(hue: float, saturation: float) -> tuple[float, float, float]:
-    """The color, as red, green and blue, that can be read on white and on black alike: its luminance is LUMINANCE."""
-    shades = [colorsys.hls_to_rgb(hue, lightness, saturation) for lightness in np.linspace(0, 1, 201)]
+def _readable(hue: float, luminance: float) -> tuple[float, float, float]:
+    """The color of this hue and luminance, as red, green and blue."""
+    shades = [colorsys.hls_to_rgb(hue, lightness, 0.85) for lightness in np.linspace(0, 1, 201)]
     linear = np.where(np.array(shades) > 0.04045, ((np.array(shades) + 0.055) / 1.055) ** 2.4, np.array(shades) / 12.92)
-    return shades[int(np.abs(linear @ (0.2126, 0.7152, 0.0722) - LUMINANCE).argmin())]
+    return shades[int(np.abs(linear @ (0.2126, 0.7152, 0.0722) - luminance).argmin())]
 
 
 def map_figure(points: np.ndarray, coarse_of_fine: np.ndarray, names: tuple[str, ...], coarse_names: tuple[str, ...],
@@ -248,7 +248,7 @@ def map_figure(points: np.ndarray, coarse_of_fine: np.ndarray, names: tuple[str,
     bounds = np.array(MAP_SIZE)
     places = spread(sizes / 2 + points * (bounds - sizes), sizes, bounds)
     for coarse, name in enumerate(coarse_names):
-        color = _readable(coarse * GOLDEN % 1, (0.9, 0.5)[coarse % 2])
+        color = _readable(coarse * GOLDEN % 1, LUMINANCES[coarse % 2])
         members = np.flatnonzero(coarse_of_fine == coarse)
         for fine in members:
             axes.plot(*zip(places[fine], np.median(places[members], axis=0), strict=True), color=color, lw=1.2,

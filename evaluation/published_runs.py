@@ -1,20 +1,23 @@
-"""The published runs and the real test set: everything that a table, a figure or a sentence may be derived from."""
+"""What tables, figures and sentences are derived from."""
 
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+
 from common.errors import UserError
 from common.run_files import PUBLISHED
 from evaluation import corruptions
 from evaluation.finished_runs import FinishedRun, TestSet
+from evaluation.publish import fitted_temperature
 from evaluation.tables import by_recipe, summarize
 
 
 @dataclass(frozen=True)
 class Published:
-    """Everything that a block may be derived from: the published runs and the real test set.
+    """The published runs and the real test set.
 
     alone: this is one other run instead, for its figures and its report.
     """
@@ -45,6 +48,11 @@ class Published:
         """The published runs that have weights, best recipe first; at most one per recipe has them."""
         recipes = by_recipe(self.runs)
         return [run for row in reversed(self.rows) for run in recipes[row["recipe"]] if run.weights.exists()]
+
+    def calibrated_logits(self, run: FinishedRun) -> np.ndarray:
+        """The logits of a run on the test set, float [N, C], divided by its recipe's temperature if it has one."""
+        temperature = fitted_temperature(run, self.results_dir) if run.published else None
+        return run.logits(self.test) / (temperature or 1.0)
 
     @property
     def corrupted(self) -> list[FinishedRun]:

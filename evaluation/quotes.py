@@ -13,35 +13,35 @@ from common.run_files import PUBLISHED
 from evaluation import corruptions
 from evaluation.costs import OURS, measured_costs
 from evaluation.published_runs import Published
-from evaluation.tables import WITHOUT_DUPLICATES, by_recipe
+from evaluation.tables import by_recipe
 
-QUOTE = re.compile(r"(?P<number>\d+(?:\.(?P<decimals>\d+))?)(?P<comment><!--\s(?P<key>[^<>]+)\s-->)")
+QUOTE = re.compile(r"(?<![\d.,])(?P<number>\d+(?:\.(?P<decimals>\d+))?)(?P<comment><!--\s(?P<key>[^<>]+)\s-->)")
 RATIO = re.compile(r"(?P<cost>minutes|flops) of (?P<one>.+) over (?P<other>.+)")
-MEASURED = ("top1", "spread", "top5", "superclass", "distinct", "training", "unchanged")
+MEASURED = ("top1", "spread", "top5", "superclass", "training", "unchanged")
 
 
 def quantity(key: str, published: Published) -> float:
     """The number that a comment names. Raises UserError if it names none, or if it was not measured.
 
-    "top1 of fast": mean over seeds, percent; likewise top5, superclass, distinct (without near-duplicates) and training
-    (accuracy in the last epoch). "spread of fast": the standard deviation of top1. "noise 0.05 of fast": accuracy on
-    images with a corruption of this strength; "noise of fast": its mean over all strengths; "unchanged of fast": on the
-    same images. "minutes of fast over NAME", "flops of fast over NAME": ratios of the costs in the table of recipes.
+    "top1 of fast": mean over seeds, percent; likewise top5, superclass and training (accuracy in the last epoch).
+    "spread of fast": the standard deviation of top1. "noise 0.05 of fast": accuracy on images with a corruption of this
+    strength; "noise of fast": its mean over all strengths; "unchanged of fast": on the same images. "minutes of fast
+    over NAME", "flops of fast over NAME": ratios of the costs in the table of recipes.
     """
     if ratio := RATIO.fullmatch(key):
         return _cost(ratio["one"], ratio["cost"], published) / _cost(ratio["other"], ratio["cost"], published)
     what, _, recipe = key.rpartition(" of ")
     name, _, strength = what.partition(" ")
     row = next((row for row in published.rows if row["recipe"] == recipe), None)
-    if row is None or name not in (*MEASURED, *corruptions.CORRUPTIONS) or (
-            name == "spread" and row["top1"]["std"] is None):
+    if row is None or (what not in MEASURED and name not in corruptions.CORRUPTIONS) or (
+            what == "spread" and row["top1"]["std"] is None):
         raise UserError(f"nothing published is called {key!r}: see evaluation/quotes.py")
     if name == "spread":
         return row["top1"]["std"]
     if name == "training":
         return float(np.mean([run.curves()["train_acc"][-1] for run in by_recipe(published.runs)[recipe]]))
-    if name in row or name == "distinct":
-        return row[WITHOUT_DUPLICATES if name == "distinct" else name]["mean"]
+    if name in row:
+        return row[name]["mean"]
     return _corrupted(name, strength, recipe, published)
 
 
@@ -52,10 +52,10 @@ def _corrupted(name: str, strength: str, recipe: str, published: Published) -> f
     if name == "unchanged":
         return corruptions.clean_accuracy(run, published.test)
     accuracies = corruptions.accuracy(run, published.test)[list(corruptions.CORRUPTIONS).index(name)]
-    strengths = corruptions.CORRUPTIONS[name].strengths
-    if strength and float(strength) not in strengths:
-        raise UserError(f"the strengths of {name} are {', '.join(f'{one:g}' for one in strengths)}, not {strength}")
-    return float(accuracies[strengths.index(float(strength))] if strength else accuracies.mean())
+    strengths = [f"{one:g}" for one in corruptions.CORRUPTIONS[name].strengths]
+    if strength and strength not in strengths:
+        raise UserError(f"the strengths of {name} are {', '.join(strengths)}, not {strength}")
+    return float(accuracies[strengths.index(strength)] if strength else accuracies.mean())
 
 
 def _cost(name: str, cost: str, published: Published) -> float:

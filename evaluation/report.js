@@ -240,9 +240,6 @@ const classes = images.map((image) => labels[image]).filter((label, i, all) => l
 const ordered = [...data.names.keys()].sort((a, b) => data.superclassOf[a] - data.superclassOf[b] || a - b);
 let confusion, cell = [0, 0];
 
-// Some photographs of people are not fit for every screen: they are shown to those who ask for them.
-const isPerson = (label) => superclass(label) === "people";
-
 const percentOf = (part, all) => all ? Math.round(100 * part / all) : 0;
 
 function showRun() {
@@ -256,7 +253,7 @@ function showRun() {
   byId("pairs").replaceChildren(...pairs.map(([label, guess, count]) => {
     const surest = images.filter((image) => labels[image] === label && guessOf(run, image)[0] === guess)
       .reduce((a, b) => guessOf(run, b)[1] > guessOf(run, a)[1] ? b : a);
-    const button = make("button", {type: "button"}, ...(isPerson(label) ? [] : [pictureOf(surest)]),
+    const button = make("button", {type: "button"}, ...(superclass(label) === "people" ? [] : [pictureOf(surest)]), // not all are fit for every screen
       make("span", {}, `${names[label]} taken for ${names[guess]}`, make("br"),
            make("small", {}, `${count} of ${data.counts[label]} images`)));
     button.addEventListener("click", () => openPair(label, guess));
@@ -367,7 +364,8 @@ function drawReliability(run) {
   const right = bins.reduce((sum, bin) => sum + bin.right, 0) / images.length * 100;
   const finding = `${run} is ${all.toFixed(1)}% sure on average and right on ${right.toFixed(1)}% of the images.`;
   byId("reliability-text").textContent =
-    `${finding} Above the line it is right more often than its confidence suggests, below it less often. The numbers count images.`;
+    `${finding} Above the line it is right more often than its confidence suggests, below it less often. ` +
+    "The numbers count images.";
   byId("reliability").innerHTML = `<svg viewBox="0 0 320 230" role="img">${
     ticks.join("")}<path d="M${x(0)} ${y(0)}L${x(100)} ${y(100)}" stroke="var(--quiet)" stroke-dasharray="3"/>${
     marks.join("")}<text x="175" y="222" text-anchor="middle">confidence (%)</text><text x="-100" y="12"

@@ -1,7 +1,8 @@
 """The report: one self-contained page with the results table, every test image, the figures and the facts.
 
 report.html is its template; report.css and report.js are written into it as they are. Everything is inside the page, so
-it works from a disk without a network. Equal inputs give equal bytes: it contains no time stamp.
+it works from a disk without a network. Equal inputs give equal bytes: it contains no time stamp. The only other input
+is the environment variable GITHUB_REPOSITORY, which GitHub's machines set.
 """
 
 import base64
@@ -23,7 +24,6 @@ from evaluation import corruptions
 from evaluation.costs import OURS, measured_costs
 from evaluation.finished_runs import FinishedRun, TestSet, read_hashes
 from evaluation.metrics import softmax
-from evaluation.publish import fitted_temperature
 from evaluation.published_runs import Published
 from evaluation.tables import CITED, WITHOUT_DUPLICATES, headline, minutes
 from utils import load_cifar100
@@ -50,8 +50,8 @@ def write_report(shown: Published, chosen: FinishedRun, figures: dict[str, Any],
     """Write the page to `path`, whole or not at all.
 
     The gallery shows the guesses of `chosen` first. figures: matplotlib Figures by file name, with the attributes
-    `caption`, what to see, and `finding`, if they have them; copies: of `training_copies`; cited: of `cited_rows`. On
-    GitHub's machines the page links to the repository. Raises UserError if the page would be larger than MAX_BYTES.
+    `caption`, what to see, and `finding`, if they have them; copies: of `training_copies`; cited: of `cited_rows`.
+    Raises UserError if the page would be larger than MAX_BYTES.
     """
     from jinja2 import Environment, FileSystemLoader, StrictUndefined  # here: only the report needs it
 
@@ -91,7 +91,7 @@ def write_report(shown: Published, chosen: FinishedRun, figures: dict[str, Any],
             "counts": counts.tolist(), "columns": SHEET_COLUMNS, "guesses": GUESSES,
             "places": test.places[by_class].tolist(),
             "copies": {place: spaced(copies[by_class[place]][1]) for place in copied},
-            "runs": [{"name": run.name, "guesses": _base64(_guesses(_calibrated(run, shown)[by_class]).tobytes())}
+            "runs": [{"name": run.name, "guesses": _base64(_guesses(shown.calibrated_logits(run)[by_class]).tobytes())}
                      for run in ranked],
         },
     )
@@ -128,12 +128,6 @@ def _base64(content: bytes) -> str:
 
 def _accuracy(run: FinishedRun, test: TestSet) -> float:
     return 100 * float((run.logits(test).argmax(1) == test.fine_labels).mean())
-
-
-def _calibrated(run: FinishedRun, shown: Published) -> np.ndarray:
-    """The logits of a run, float [N, C], divided by its recipe's temperature if that is published."""
-    temperature = fitted_temperature(run, shown.results_dir) if run.published else None
-    return run.logits(shown.test) / (temperature or 1.0)
 
 
 def _guesses(logits: np.ndarray) -> np.ndarray:

@@ -16,12 +16,12 @@ from common.command_line import exit_status
 from tests.helpers import MACHINE, drawn_once, error_line  # noqa: F401 (drawn_once is a fixture)
 from tools import explore
 from training import loop
-from training.settings import UNALTERED, Script, Settings
+from training.settings import NO_AUGMENTATION, Script, Settings
 from utils import Split, image_hashes, load_cifar100, load_test_set, to_float
 
 FIGURES = {"superclasses.png", "means.png", "extremes.png", "inputs.png", "inputs_mlp.png", "near_duplicates.png"}
 LISTS = {"label_counts.csv", "baselines.csv", "near_duplicates.csv"}
-STILL = dict(UNALTERED, device="cpu")
+STILL = dict(NO_AUGMENTATION, device="cpu")
 
 
 @pytest.fixture(scope="module")

@@ -203,7 +203,7 @@ def test_misuse_is_one_error_line_and_creates_nothing(
     ("--other-lr 0.1", "--other-lr has no effect with --optimizer adamw"),
     ("--alternate --no-flip", "--alternate has no effect with --no-flip"),
     ("--mixup 0.8 --cutmix 0.5", "cannot be used together: give --mixup 0 or --cutmix 0"),
-    ("--average 0.9", "--average needs --refresh-norms above 0"),
+    ("--average 0.9", "give --refresh-norms above 0, or --average 0"),
     ("--loss mse-index", "--loss has no effect without --overfit-batch"),
     ("--overfit-batch --crop 2", "--crop has no effect with --overfit-batch"),
     ("--nonsense", "unrecognized arguments: --nonsense (see --help)"),

@@ -101,11 +101,13 @@ def make_report(folder: Path, *, alone: bool = False, repository: str = "") -> P
     (folder / "published" / "benchmarks").mkdir(parents=True)
     (folder / "published" / "benchmarks" / "time_to_accuracy.md").write_text(BENCHMARK)
     runs, rows = ([good], ROWS[:1]) if alone else ([crabs, good], ROWS)
-    shown = SimpleNamespace(runs=runs, rows=rows, test=TEST, alone=alone, results_dir=folder, corrupted=[])
+    shown = SimpleNamespace(runs=runs, rows=rows, test=TEST, alone=alone, results_dir=folder, corrupted=[good],
+                            calibrated_logits=lambda run: run.logits(TEST))
     copy = torch.from_numpy(COPY).view(3, 1, 1).expand(3, 32, 32)
     path = folder / "report.html"
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("GITHUB_REPOSITORY", repository)
+        patch.setattr(report, "_corrupted", lambda run, test: (run.name, [43.21, *8 * [12.0]]))
         patch.setattr(report, "SHEET_COLUMNS", 3)  # so that the four images of a class take two rows
         write_report(shown, good, figures, path, copies={7: (copy, "red_ant")}, cited=cited_rows(folder))
     return path
@@ -124,6 +126,11 @@ def test_the_page_needs_no_other_file(path: Path) -> None:
     addresses = re.findall(r"""(?:\b(?:src|srcset|href|action)=["']?|url\(["']?)([^"')\s]+)""", text)
     assert sum(address.startswith("data:") for address in addresses) >= 4  # images of three classes, and a copy
     assert [address for address in addresses if not address.startswith(("data:", "#"))] == []
+
+
+def test_the_page_has_the_accuracies_on_corrupted_images(path: Path) -> None:
+    text = path.read_text()
+    assert '<td data-heading="unchanged">43.2</td>' in text and text.count(">12.0</td>") == 8
 
 
 def test_on_github_the_page_links_to_the_repository(tmp_path: Path) -> None:
@@ -163,7 +170,7 @@ def test_without_javascript_table_and_figures_remain(path: Path) -> None:
     outside = re.sub(r"<noscript>.*?</noscript>", "", body, flags=re.DOTALL)
     assert [name for name in ("curves", "accuracy-time", "confusion") if f"The &lt;{name}&gt;." in outside] \
         == ["curves", "accuracy-time"]  # with JavaScript, the page draws the confusion matrix
-    assert "The &lt;confusion&gt;." in body and body.count("<tr") == 1 + len(ROWS) + len(CITED) + 2
+    assert "The &lt;confusion&gt;." in body and body.count("<tr") == 1 + len(ROWS) + len(CITED) + 2 + 2
 
 
 def test_the_benchmark_adds_published_recipes(tmp_path: Path) -> None:

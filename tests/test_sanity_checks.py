@@ -89,6 +89,10 @@ def test_a_sound_network_passes_every_check(
     assert (tmp_path / "sanity_checks" / name / "film_strip.png").read_bytes().startswith(b"\x89PNG")
 
 
+def test_before_training_a_network_is_sure_of_nothing(subject: Subject) -> None:
+    assert subject.trained.moments[0].softmax(1).max() < 0.2
+
+
 def test_the_film_strip_shows_predictions_and_verdicts(subject: Subject) -> None:
     labels = subject.val_split.fine_labels[:sanity_checks.WATCHED]
     unsure, sure = torch.zeros(len(labels), 100), 20.0 * F.one_hot((labels + (labels == 0)) % 100, 100)

@@ -168,7 +168,7 @@ def network_inputs(
             wanted = [row for row, number in enumerate(numbers.tolist()) if number in positions]
             if wanted:
                 torch.manual_seed(derived_seed("model", settings.seed, epoch, step))
-                fraction = (epoch * steps + step) / (steps * settings.epochs)
+                fraction = settings.fraction_done(epoch, step, steps)
                 images, _ = mix(images, split.fine_labels[numbers], fraction)
                 inputs = _without_normalization(model, _first_layer_input(model, images[wanted]))
                 found |= dict(zip(numbers[wanted].tolist(), inputs, strict=True))

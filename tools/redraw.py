@@ -17,7 +17,7 @@ from common.plotting import save_figure
 from common.run_files import METRICS, PUBLISHED, find_run, run_settings
 from training.overfit import Outcome, overfit_figure
 from training.run_folder import learning_curves
-from training.settings import UNALTERED, Settings
+from training.settings import NO_AUGMENTATION, Settings
 
 
 def read_rows(path: Path) -> list[dict[str, float | None]]:
@@ -39,7 +39,7 @@ def redraw_run(folder: Path) -> Path:
     rows, settings = read_rows(folder / "metrics.csv"), run_settings(folder)
     if missing := set(METRICS) - rows[0].keys():
         raise UserError(f"{folder / 'metrics.csv'} lacks {', '.join(sorted(missing))}: restore it, or train again")
-    figure = learning_curves(rows, folder.name, augmented=any(settings.get(name) for name in UNALTERED),
+    figure = learning_curves(rows, folder.name, augmented=any(settings.get(name) for name in NO_AUGMENTATION),
                              synthetic=bool(settings.get("synthetic")))  # older settings may lack some
     save_figure(figure, folder / "loss.png")
     return folder / "loss.png"

@@ -83,7 +83,7 @@ class Trained:
     """A finished training.
 
     rows: each epoch's row of `metrics.csv`; moments: logits of the first WATCHED validation images, float32
-    [WATCHED, 100], before the first epoch and after each.
+    [WATCHED, 100], before the first epoch, with batch norm's statistics of REFRESHED training images, and after each.
     """
 
     model: nn.Module
@@ -125,9 +125,11 @@ class Subject:
     def train_fresh(self, settings: Settings, train_split: Split, val_split: Split | None) -> Trained:
         """Train a fresh network with `training.loop.train`. Raises UserError if its loss is no longer finite."""
         model, watched = self.fresh(settings), self.val_split.images[:WATCHED]
-        start = copy.deepcopy(model)
-        refresh_norms(start, self.train_split, REFRESHED, seed=settings.seed)  # untrained, it has no statistics
-        rows, moments = [], [compute_logits(start, watched)]
+        rows, moments = [], []
+        if val_split is not None:
+            start = copy.deepcopy(model)
+            refresh_norms(start, self.train_split, REFRESHED, seed=settings.seed)  # untrained, it has no statistics
+            moments.append(compute_logits(start, watched))
 
         def note(row: dict[str, Any], settings: Settings) -> None:
             rows.append(row)

@@ -157,9 +157,10 @@ def _refuse_without_effect(options: Options) -> None:
         raise UserError("--init-from has no effect with --resume, which takes the run's own weights: use one of them")
     if options.loss and not options.overfit_batch:
         raise UserError("--loss has no effect without --overfit-batch")
-    if {"average", "refresh_norms"} & options.given.keys() and (
-            options.settings.average and not options.settings.refresh_norms and not options.resume):
-        raise UserError("--average needs --refresh-norms above 0: batch norm's statistics are those of other weights")
+    if {"average", "refresh_norms"} & options.given.keys() and not (options.overfit_batch or options.resume) and (
+            options.settings.average and not options.settings.refresh_norms):
+        raise UserError("averaged weights need new statistics of batch norm: give --refresh-norms above 0, or "
+                        "--average 0")
     for f in dataclasses.fields(options.settings):
         if not options.given.get(f.name):
             continue

@@ -105,7 +105,7 @@ def train(
 
             for images, labels in batches(data, settings.batch_size, settings.augmentation, seed=settings.seed,
                                           epoch=epoch, first_step=progress.step):
-                fraction = (epoch * steps + progress.step) / (steps * settings.epochs)  # of the training
+                fraction = settings.fraction_done(epoch, progress.step, steps)
                 set_rates(optimizers, settings, fraction)
 
                 # Every process mixes alike, whatever their number; dropout is drawn per process.
@@ -149,8 +149,8 @@ def train(
                 refresh_norms(model, data, settings.refresh_norms, seed=settings.seed)
             synchronize(device)
             progress.seconds = time.perf_counter() - started
-            last_step = (epoch + 1) * steps - 1  # a run that stopped right after it sets no rate when it resumes
-            set_rates(optimizers, settings, last_step / (steps * settings.epochs))
+            # The rate of the last step: a run that stopped right after it sets none when it resumes.
+            set_rates(optimizers, settings, settings.fraction_done(epoch, steps - 1, steps))
             row = {"epoch": epoch + 1, "train_loss": loss_sum.item() / progress.images,
                    "train_acc": 100 * correct_sum.item() / progress.images,
                    **validate(model, val_split if processes.is_first else None),
@@ -273,10 +273,10 @@ def make_mix(settings: Settings, num_classes: int) -> Callable[[Tensor, Tensor, 
     """A function that mixes a batch with itself, as `settings` say, by PyTorch's generator of random numbers.
 
     MixUp (Zhang et al. 2017, arXiv 1710.09412) mixes every batch, CutMix (Yun et al. 2019, arXiv 1905.04899) some
-    batches until CUTMIX_SHARE of the training is over. Both mix each image with the one before it; CutMix pastes the
-    same box, of an area drawn evenly, in all of them. The function takes images, labels, int64 [B], and how much of the
-    training is over, from 0 to 1; it returns mixed images and the shares of the classes, float32 [B, num_classes], or
-    the given images and labels.
+    batches until CUTMIX_SHARE of the training is over. Both mix each image with the one before it. CutMix pastes the
+    same box in all of them; its area is drawn uniformly, before it is cut off at the edges. The function takes images,
+    labels, int64 [B], and how much of the training is over, from 0 to 1; it returns mixed images and the shares of the
+    classes, float32 [B, num_classes], or the given images and labels.
     """
     if not settings.mixup and not settings.cutmix:
         return lambda images, labels, fraction: (images, labels)

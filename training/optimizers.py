@@ -102,9 +102,10 @@ def orthogonalize(matrix: Tensor, iterations: int) -> Tensor:
 class Average(torch.optim.Optimizer):
     """The running mean of the weights, as the last of the optimizers: its step changes no weight.
 
-    So a checkpoint keeps the mean with the states of the others. Its decay is smaller in the first steps, so that a
-    short training does not end with a part of its initial weights. Averaging does what the last part of a falling
-    learning rate does (Polyak and Juditsky 1992; Izmailov et al. 2018, arXiv 1803.05407).
+    So a checkpoint keeps the mean with the states of the others. Its decay is smaller in the first steps, where the
+    mean spans about a ninth of them, so that a short training does not end with a part of its initial weights.
+    Averaging does what the last part of a falling learning rate does (Polyak and Juditsky 1992; Izmailov et al. 2018,
+    arXiv 1803.05407).
     """
 
     def __init__(self, params: Iterable[Any], decay: float) -> None:
@@ -119,7 +120,7 @@ class Average(torch.optim.Optimizer):
             if not state:
                 state.update(step=torch.tensor(0.0), average=parameter.clone())
             count = state["step"].add_(1).item()
-            state["average"].lerp_(parameter, 1 - min(self.decay, count / (count + 9)))  # at first, of a tenth of all
+            state["average"].lerp_(parameter, 1 - min(self.decay, count / (count + 9)))
 
 
 @torch.no_grad()

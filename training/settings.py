@@ -16,12 +16,12 @@ from torch import nn
 from common.errors import UserError
 from utils import NUM_IMAGES, Augmentation, default_data_dir
 
-MAX_RATE = 1e30  # a learning rate; times its largest factor it still fits in float32
+MAX_RATE = 1e30  # a learning rate
 MIN_MIXUP = 1e-6  # below this alpha, no batch is mixed
 CUTMIX_SHARE = 0.7  # of the training, from its start; then images are whole again (s20c in docs/experiments.md)
 MAX_NUMBERS = 100  # in a setting that is a list
 # Settings that change training images, turned off.
-UNALTERED: dict[str, Any] = dict(flip=False, crop=0, jitter=0.0, corrupt=0.0, mixup=0.0, cutmix=0.0)
+NO_AUGMENTATION: dict[str, Any] = dict(flip=False, crop=0, jitter=0.0, corrupt=0.0, mixup=0.0, cutmix=0.0)
 _BOUNDS = (("low", "at least", operator.lt), ("above", "above", operator.le), ("high", "at most", operator.gt))
 
 
@@ -129,7 +129,11 @@ class Settings:
     @property
     def augments(self) -> bool:
         """Whether training images are changed before they enter the network."""
-        return any(getattr(self, name) for name in UNALTERED)
+        return any(getattr(self, name) for name in NO_AUGMENTATION)
+
+    def fraction_done(self, epoch: int, step: int, steps: int) -> float:
+        """How much of the training is over before a step of an epoch of `steps` steps, from 0 to 1."""
+        return (epoch * steps + step) / (steps * self.epochs)
 
     def side_in(self, epoch: int) -> int | None:
         """The side, in pixels, to which images are scaled in this epoch; None if the network fixes it."""
