@@ -96,7 +96,7 @@ def draw_insights(shown: Published, run: FinishedRun, probabilities: np.ndarray,
 
 def draw_searches(path: Path) -> dict[str, Any]:
     """The marked tables of a log of experiments as waterfalls, by file name."""
-    return {table: waterfall_figure(trials, "What each change of the search gave, from top to bottom")
+    return {table: waterfall_figure(trials, "What each change gave, from top to bottom")
             for table, trials in read_searches(path).items() if trials}
 
 
