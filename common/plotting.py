@@ -21,6 +21,7 @@ MARKERS = "osD^vP"
 WIDTH = 7.0  # inches of every figure, so that text has the same size in all of them and is readable on a phone
 DPI = 256  # twice the pixels of a README's column, for sharp screens
 MAX_BYTES = 290_000  # of a PNG; one with many photographs is reduced to fewer levels, then to 256 colors
+ON_PAGE = {"boxstyle": "square,pad=0.05", "facecolor": "white", "edgecolor": "none", "alpha": 0.8}  # of text on lines
 LINE_HEIGHT = 1.25  # of text, relative to its size
 MAX_REASON = 300  # characters of an error of matplotlib in a warning
 

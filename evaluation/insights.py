@@ -16,7 +16,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from common.plotting import new_figure
+from common.plotting import ON_PAGE, new_figure
 from common.text import spaced
 from evaluation.figures import PEOPLE
 from models.mirrornet import MirrorConv
@@ -234,7 +234,6 @@ def _readable(hue: float, luminance: float) -> tuple[float, float, float]:
 def map_figure(points: np.ndarray, coarse_of_fine: np.ndarray, names: tuple[str, ...], coarse_names: tuple[str, ...],
                title: str):
     """The names of all classes at their `points` [C, 2] of `class_map`, joined to the center of their superclass."""
-    from matplotlib.patheffects import withStroke
     from matplotlib.textpath import TextPath
 
     figure = new_figure(9, MAP_SIZE[1] + 2.5, title)
@@ -254,7 +253,7 @@ def map_figure(points: np.ndarray, coarse_of_fine: np.ndarray, names: tuple[str,
             axes.plot(*zip(places[fine], np.median(places[members], axis=0), strict=True), color=color, lw=1.2,
                       alpha=0.35, zorder=1)
             axes.text(*places[fine], texts[fine], color=color, fontsize=SIZE, ha="center", va="center",
-                      path_effects=[withStroke(linewidth=3, foreground="white")])
+                      bbox=ON_PAGE)
         axes.plot([], [], "s", color=color, label=spaced(name))
     figure.legend(loc="outside lower center", ncols=3, frameon=False, fontsize=12, handletextpad=0, columnspacing=1)
     return figure

@@ -1,4 +1,4 @@
-"""What tables, figures and sentences are derived from."""
+"""The source of tables, figures and sentences: published runs and the test set."""
 
 from dataclasses import dataclass
 from functools import cached_property

@@ -14,7 +14,7 @@ from pathlib import Path
 
 from common.errors import UserError
 from common.files import require_file
-from common.plotting import BLUE, ORANGE, new_figure
+from common.plotting import BLUE, ON_PAGE, ORANGE, new_figure
 
 START = re.compile(r"<!-- (?P<name>[\w-]+): drawn by `python evaluate\.py --figures` -->\s*\n(?P<table>(?:\|.*\n?)+)")
 COLUMNS = ("change", "predicted", "held-out")
@@ -85,7 +85,6 @@ def best_chain(trials: list[Trial]) -> list[Trial]:
 def waterfall_figure(trials: list[Trial], title: str):
     """A bar per row, from the accuracy that it is compared with to its own; those that led to the best are darker."""
     from matplotlib.patches import Patch
-    from matplotlib.patheffects import withStroke
 
     by_name = {trial.name: trial for trial in trials}
     chain = best_chain(trials)
@@ -106,8 +105,7 @@ def waterfall_figure(trials: list[Trial], title: str):
                       fontweight="bold" if leads else "normal")
         text = textwrap.shorten(trial.change.replace("`", ""), LABEL, placeholder=" …")
         axes.annotate(f"{trial.name}: {text}", (0, row - 0.25), xycoords=("axes fraction", "data"), fontsize=SIZE,
-                      va="bottom", fontweight="bold" if leads else "normal",
-                      path_effects=[withStroke(linewidth=3, foreground="white")]).set_in_layout(False)
+                      va="bottom", fontweight="bold" if leads else "normal", bbox=ON_PAGE).set_in_layout(False)
     for before, after in pairwise(chain):
         axes.vlines(before.accuracy, trials.index(before), trials.index(after), color=BLUE, lw=1.2, ls=":", zorder=1)
     axes.plot([], [], "D", color="white", mec="black", ms=8, label="predicted")

@@ -814,7 +814,7 @@ def test_figures_show_published_runs(documented: Site, capsys: pytest.CaptureFix
     folder = documented.root / "docs" / "figures"
     assert run_names(folder) == sorted(f"{name}.png" for name in (
         "confusion", "classes", "confused", "mistakes", "reliability", "curves", "accuracy-flops",
-        "filters", "search", "corruptions"))
+        "filters", "search", "search-longer", "corruptions"))
     assert all(1000 < path.stat().st_size < 300_000 for path in folder.iterdir())
     assert {path.stem for path in folder.iterdir()} <= figures.CAPTIONS.keys()
 
