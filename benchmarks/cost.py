@@ -13,6 +13,7 @@ backward passes comes from torch.profiler, for one batch at each resolution. Exi
 
 import json
 import math
+import os
 import subprocess
 import sys
 import tempfile
@@ -98,12 +99,17 @@ def time_in_passes(model: nn.Module, images: Tensor, labels: Tensor, side: int |
     """The time that products take in a forward and backward pass, and the time of all operations, in microseconds."""
     set_side(model.train(), side)
     images = images.contiguous(memory_format=torch.channels_last)
-    for _ in range(2):  # the first pass warms up
+
+    def forward_and_backward() -> None:
         model.zero_grad(set_to_none=True)
-        with profile() as profiler:
-            with autocast(images.device, settings.precision):
-                logits = model(images)
-            loss_of(settings)(logits.float(), labels).backward()
+        with autocast(images.device, settings.precision):
+            logits = model(images)
+        loss_of(settings)(logits.float(), labels).backward()
+
+    forward_and_backward()  # warms up
+    os.environ.setdefault("KINETO_LOG_LEVEL", "99")  # or it prints when it starts and stops
+    with profile() as profiler:
+        forward_and_backward()
     clock = "self_cpu_time_total" if images.device.type == "cpu" else "self_device_time_total"
     times = [(event.key, getattr(event, clock)) for event in profiler.key_averages()
              if event.device_type == DeviceType.CPU]  # operators; a GPU's kernels are listed once more

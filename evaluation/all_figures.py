@@ -6,10 +6,9 @@ from typing import Any
 import numpy as np
 
 from common.files import ROOT
-from common.run_files import PUBLISHED
 from evaluation import corruptions, figures, insights
 from evaluation.blocks import calibrations
-from evaluation.costs import OURS, measured_costs
+from evaluation.costs import OURS, measured_costs, read_costs
 from evaluation.finished_runs import FinishedRun
 from evaluation.metrics import (
     calibration,
@@ -104,8 +103,7 @@ def draw_recipes(published: Published) -> dict[str, Any]:
     """The figures of all published runs, by file name."""
     curves = {recipe: [seed.curves() for seed in seeds] for recipe, seeds in by_recipe(published.runs).items()}
     accuracy = {row["recipe"]: row["top1"]["mean"] for row in published.rows}
-    path = published.results_dir / PUBLISHED / "benchmarks" / "time_to_accuracy.md"
-    costs = path.read_text(encoding="utf-8", errors="replace") if path.exists() else ""
+    costs = read_costs(published.results_dir)
     drawn = {
         "accuracy-flops": figures.accuracy_flops_figure(published.rows, costs),
         "curves": figures.learning_curves_figure(

@@ -1,10 +1,18 @@
 """The table of training costs that `benchmarks.time_to_accuracy` writes."""
 
+from pathlib import Path
 from typing import Any
 
 from common.errors import UserError
+from common.run_files import PUBLISHED
 
 OURS = "--recipe "  # before the names of our recipes
+
+
+def read_costs(results_dir: Path) -> str:
+    """The published text with the table; "" without one."""
+    path = results_dir / PUBLISHED / "benchmarks" / "time_to_accuracy.md"
+    return path.read_text(encoding="utf-8", errors="replace") if path.exists() else ""
 
 
 def measured_costs(text: str) -> list[dict[str, Any]]:

@@ -226,9 +226,9 @@ def spread(centers: np.ndarray, sizes: np.ndarray, bounds: np.ndarray) -> np.nda
 
 def _readable(hue: float, luminance: float) -> tuple[float, float, float]:
     """The color of this hue and luminance, as red, green and blue."""
-    shades = [colorsys.hls_to_rgb(hue, lightness, 0.85) for lightness in np.linspace(0, 1, 201)]
-    linear = np.where(np.array(shades) > 0.04045, ((np.array(shades) + 0.055) / 1.055) ** 2.4, np.array(shades) / 12.92)
-    return shades[int(np.abs(linear @ (0.2126, 0.7152, 0.0722) - luminance).argmin())]
+    shades = np.array([colorsys.hls_to_rgb(hue, lightness, 0.85) for lightness in np.linspace(0, 1, 201)])
+    linear = np.where(shades > 0.04045, ((shades + 0.055) / 1.055) ** 2.4, shades / 12.92)
+    return tuple(shades[np.abs(linear @ (0.2126, 0.7152, 0.0722) - luminance).argmin()])
 
 
 def map_figure(points: np.ndarray, coarse_of_fine: np.ndarray, names: tuple[str, ...], coarse_names: tuple[str, ...],

@@ -9,9 +9,8 @@ import re
 import numpy as np
 
 from common.errors import UserError
-from common.run_files import PUBLISHED
 from evaluation import corruptions
-from evaluation.costs import OURS, measured_costs
+from evaluation.costs import OURS, measured_costs, read_costs
 from evaluation.published_runs import Published
 from evaluation.tables import by_recipe
 
@@ -60,11 +59,10 @@ def _corrupted(name: str, strength: str, recipe: str, published: Published) -> f
 
 def _cost(name: str, cost: str, published: Published) -> float:
     """The cost of a recipe, ours or another's, in the table that `benchmarks.time_to_accuracy` writes."""
-    path = published.results_dir / PUBLISHED / "benchmarks" / "time_to_accuracy.md"
-    rows = measured_costs(path.read_text(encoding="utf-8") if path.exists() else "")
+    rows = measured_costs(read_costs(published.results_dir))
     found = next((row for row in rows if row["name"].removeprefix(OURS) == name), None)
     if found is None:
-        raise UserError(f"{path} has no recipe {name}")
+        raise UserError(f"the table of training costs has no recipe {name}")
     return found[cost]
 
 

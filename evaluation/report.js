@@ -253,7 +253,8 @@ function showRun() {
   byId("pairs").replaceChildren(...pairs.map(([label, guess, count]) => {
     const surest = images.filter((image) => labels[image] === label && guessOf(run, image)[0] === guess)
       .reduce((a, b) => guessOf(run, b)[1] > guessOf(run, a)[1] ? b : a);
-    const button = make("button", {type: "button"}, ...(superclass(label) === "people" ? [] : [pictureOf(surest)]), // not all are fit for every screen
+    const shown = superclass(label) === "people" ? [] : [pictureOf(surest)]; // not all are fit for every screen
+    const button = make("button", {type: "button"}, ...shown,
       make("span", {}, `${names[label]} taken for ${names[guess]}`, make("br"),
            make("small", {}, `${count} of ${data.counts[label]} images`)));
     button.addEventListener("click", () => openPair(label, guess));

@@ -18,10 +18,9 @@ from torch import Tensor
 
 from common.errors import UserError
 from common.files import ROOT, write_text
-from common.run_files import PUBLISHED
 from common.text import flops_text, spaced
 from evaluation import corruptions
-from evaluation.costs import OURS, measured_costs
+from evaluation.costs import OURS, measured_costs, read_costs
 from evaluation.finished_runs import FinishedRun, TestSet, read_hashes
 from evaluation.metrics import softmax
 from evaluation.published_runs import Published
@@ -222,8 +221,7 @@ def cited_rows(results_dir: Path) -> list[dict[str, Any]]:
     empty: Cells = [("", None)] * 5
     rows = [{"name": cited["model"], "note": cited["source"],
              "cells": [(cited["top1"], float(cited["top1"])), *empty, *empty[:2]]} for cited in CITED]
-    path = results_dir / PUBLISHED / "benchmarks" / "time_to_accuracy.md"
-    for cost in measured_costs(path.read_text(encoding="utf-8")) if path.exists() else []:
+    for cost in measured_costs(read_costs(results_dir)):
         if cost["accuracy"] is not None and not cost["name"].startswith(OURS):
             rows.append({"name": cost["name"], "note": "accuracy of its authors, minutes timed by us",
                          "cells": [(f"{cost['accuracy']:.1f}", cost["accuracy"]), *empty,

@@ -18,6 +18,7 @@ from torch.utils.flop_counter import FlopCounterMode
 
 import models
 import train_cnn
+from benchmarks.cost import time_in_passes
 from common.command_line import exit_status
 from dataset import synthetic
 from models import WeightsError, create_model, default_arguments, list_models, load_model, save_model
@@ -507,3 +508,9 @@ def test_misuse_is_one_error_line(
 ) -> None:
     assert run_cnn(tmp_path, "--synthetic", *MACHINE, *flags) == 2
     assert named in error_line(capsys)
+
+
+def test_products_take_a_part_of_the_passes() -> None:
+    model, settings = small_model("mirrornet"), CNNSettings(device="cpu", precision="float32")
+    products, everything = time_in_passes(model, torch.rand(8, 3, 32, 32), torch.arange(8), 32, settings)
+    assert 0 < products < everything

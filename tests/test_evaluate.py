@@ -26,7 +26,7 @@ from common import devices
 from common.command_line import exit_status
 from common.plotting import save_figure
 from common.text import overfit_table
-from evaluation import all_figures, blocks, corruptions, figures, finished_runs, insights, publish
+from evaluation import all_figures, blocks, corruptions, figures, finished_runs, insights, publish, report
 from evaluation.finished_runs import FinishedRun, TestSet, find_runs, named_run
 from evaluation.metrics import fit_temperature, measure, softmax
 from evaluation.published_runs import Published
@@ -959,6 +959,26 @@ def test_quoted_numbers_are_renewed_and_checked(documented: Site, capsys: pytest
     assert documented.main("--check") == 1
     lines = capsys.readouterr().out.splitlines()
     assert len(lines) == 2 and "called 'a remark'" in lines[0] and "strengths of noise are" in lines[1]
+
+
+def test_pages_and_figures_show_calibrated_probabilities(documented: Site) -> None:
+    test = TestSet("", synthetic=True)
+    runs = [run for run in find_runs(documented.results) if run.published]
+    shown = Published(documented.results, runs, test)
+    for name in ("mlp-s0", "other-s0"):  # only mlp is calibrated
+        run = named_run(f"published/{name}", documented.results)
+        temperature = publish.fitted_temperature(run, documented.results)
+        assert (temperature is None) == (name == "other-s0") and temperature != 1
+        np.testing.assert_array_equal(shown.calibrated_logits(run), run.logits(test) / (temperature or 1))
+    assert len(shown.corrupted) == 2
+    for run in shown.corrupted:
+        name, (unchanged, *each) = report._corrupted(run, test)
+        assert (name, unchanged) == (run.name, corruptions.clean_accuracy(run, test))
+        right = corruptions.read_predicted(run, test) == test.fine_labels[corruptions.sample(test), None, None]
+        assert each == pytest.approx(100 * right.mean((0, 2)))
+    finding = all_figures.draw_recipes(shown)["curves"].finding
+    ends = [run.curves()["train_acc"][-1] for run in runs if run.recipe == "mlp"]
+    assert f"mlp ends at {np.mean(ends):.1f}% in training" in finding
 
 
 def test_a_block_without_its_data_is_named_and_kept(documented: Site, capsys: pytest.CaptureFixture[str]) -> None:

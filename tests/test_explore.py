@@ -142,9 +142,10 @@ def test_inputs_follow_the_recipe_from_epoch_to_epoch(split):
     assert torch.equal(inputs[2], inputs[3].flip(3))  # alternating flips
 
 
+@pytest.mark.parametrize("mix", [("--mixup", "0.5"), ("--mixup", "0", "--cutmix", "0.5")], ids=["mixup", "cutmix"])
 @pytest.mark.parametrize(("module", "side"), [
     pytest.param(train_cnn, ("--sides", "32"), id="cnn"), pytest.param(train_mlp, ("--side", "32"), id="mlp")])
-def test_inputs_are_those_of_a_real_training(module, side, tmp_path, monkeypatch):
+def test_inputs_are_those_of_a_real_training(module, side, mix, tmp_path, monkeypatch):
     """At 32 pixels, where only the normalization comes between `training_step` and the first layer."""
     batches, used = [], []
     train = module.train
@@ -160,7 +161,7 @@ def test_inputs_are_those_of_a_real_training(module, side, tmp_path, monkeypatch
     monkeypatch.setattr(module, "train", note_settings)
     monkeypatch.setattr(loop, "training_step", note_images)
     flags = ["--synthetic", "--epochs", "1", "--batch-size", "500", "--widths", "8,8,8", "--crop", "4",
-             "--jitter", "0.2", "--mixup", "0.5", "--seed", "3", "--average", "0", "--results-dir", str(tmp_path),
+             "--jitter", "0.2", *mix, "--seed", "3", "--average", "0", "--results-dir", str(tmp_path),
              *MACHINE, *side]
     assert exit_status(lambda: module.main(flags)) == 0
     trained_on = torch.cat(batches)

@@ -114,7 +114,7 @@ def test_the_readme_loads_a_network_as_it_says(monkeypatch: pytest.MonkeyPatch) 
     text = (ROOT / "README.md").read_text(encoding="utf-8")
     code = next(part.split("```")[0] for part in text.split("```python\n") if "torch.hub.load(" in part.split("```")[0])
     monkeypatch.chdir(ROOT)
-    assert code.count("\n") == 3
+    assert code.count("\n") == 3 and '`"OWNER/REPO"`' in text
     printed = []
     exec(code, {"torch": torch, "images": torch.rand(2, 3, 32, 32), "print": printed.append})
     assert len(printed[0]) == 2 and set(printed[0]) <= set(FINE_NAMES)
