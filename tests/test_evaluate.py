@@ -453,8 +453,8 @@ def documented_template(
                    "memorized": 64, "batch_size": 64, "passed": True}
         (site.published / "overfit_batch" / "mlp" / "overfit.json").write_text(json.dumps({"losses": {"mse": outcome}}))
         (site.published / "benchmarks").mkdir()
-        for file in ("time_to_accuracy.md", "overfit_riddle.md", "overfit_riddle_shapes.md", "overfit_riddle_odds.md",
-                     "cost.md", "scaling.md", "loader.md"):
+        for file in ("time_to_accuracy.md", "time_to_accuracy_float32.md", "overfit_riddle.md",
+                     "overfit_riddle_shapes.md", "overfit_riddle_odds.md", "cost.md", "scaling.md", "loader.md"):
             (site.published / "benchmarks" / file).write_text(f"| {file} | 7 |\n")
         list_near_duplicates(site, test_set.hashes[:10])
         assert site.main("--calibrate", "held-out") == 0
