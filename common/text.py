@@ -20,9 +20,17 @@ def flops_text(flops: float) -> str:
 
 def machine_text(machine: dict[str, Any], precision: str) -> str:
     """Processor, threads and speed, from the `machine` of a result.json."""
-    speed = machine[f"conv3x3_{precision}_gflops"]
-    return (f"{machine['processor']}, {machine['threads']} threads, {precision} "
-            f"({speed:.0f} GFLOP/s in one 3x3 convolution)")
+    return machines_text([machine], precision)
+
+
+def machines_text(machines: list[dict[str, Any]], precision: str) -> str:
+    """The same for several machines; those that differ only in speed share one text."""
+    speeds: dict[str, list[int]] = {}
+    for machine in machines:
+        name = f"{machine['processor']}, {machine['threads']} threads, {precision}"
+        speeds.setdefault(name, []).append(round(machine[f"conv3x3_{precision}_gflops"]))
+    ranges = {name: " to ".join(map(str, sorted({min(found), max(found)}))) for name, found in speeds.items()}
+    return " or ".join(f"{name} ({speed} GFLOP/s in one 3x3 convolution)" for name, speed in ranges.items())
 
 
 def short_path(path: Path) -> str:

@@ -21,6 +21,8 @@ EXAMPLES, LOOKALIKES = 5, 3  # images per pair of confused classes
 GALLERY_ROWS, GALLERY_COLUMNS = 5, 6
 GALLERY_SIZE = GALLERY_ROWS * GALLERY_COLUMNS
 FEW = 20  # images in a bin of confidence, below which its accuracy is mostly chance
+ACCURACY_TICKS = (10, 20, 30, 40, 50, 60, 65, 70, 75, 80, 85, 90, 95)  # on an axis that is logarithmic in the error
+LEAST_ERROR = 0.1  # points, the least that such an axis tells from none
 MAX_CURVE_COLUMNS = 3  # of panels with learning curves
 
 # Grids of images leave out this superclass (baby, boy, girl, man and woman): some of its photographs are not fit for
@@ -33,10 +35,10 @@ THUMBNAIL = 4  # pixels a side: few, so that a shifted or enlarged copy is found
 CAPTIONS = {
     "accuracy-time": "Up and to the left is better: more accuracy from less training time, all timed on one machine. "
                      "Bars show the standard deviation over seeds, where there are several; numbers in brackets are "
-                     "epochs.",
+                     "epochs. The vertical scale is logarithmic in the error.",
     "accuracy-flops": "Up and to the left is better: more accuracy from less arithmetic, which unlike time is the same "
                       "on every machine. Bars show the standard deviation over seeds, where there are several; numbers "
-                      "in brackets are epochs.",
+                      "in brackets are epochs. The vertical scale is logarithmic in the error.",
     "curves": "Training accuracy over the epochs (blue, one line per seed) and test accuracy at the end (orange). The "
               "gap between their ends shows how much was memorized; augmentation narrows it. With MixUp, as in mlp, "
               "the two cannot be compared.",
@@ -274,7 +276,7 @@ def corruptions_figure(runs: dict[str, tuple[float, np.ndarray]], strengths: dic
 
 
 def accuracy_against(series: dict[str, dict[str, tuple[float, float, float | None]]], xlabel: str, title: str):
-    """Test accuracy against a cost, on a logarithmic axis.
+    """Test accuracy against a cost, on a logarithmic axis; the other one is logarithmic in the error, 100 - accuracy.
 
     series: by label in the legend, points (cost, top-1 in percent, its standard deviation over seeds or None) by name.
     """
@@ -288,6 +290,9 @@ def accuracy_against(series: dict[str, dict[str, tuple[float, float, float | Non
         else:
             axes.plot(costs, accuracies, marker, color=color, label=label)
     axes.set(ylabel="test top-1 accuracy (%)")
+    axes.set_yscale("function", functions=(lambda top1: -np.log(np.maximum(100 - top1, LEAST_ERROR)),
+                                           lambda scaled: 100 - np.exp(-scaled)))
+    axes.set_yticks(ACCURACY_TICKS)
     axes.margins(x=0.25, y=0.15)
     _logarithmic(axes, xlabel)
     _name_points(axes, [(name, cost, accuracy, color) for points, color in zip(series.values(), PALETTE, strict=False)

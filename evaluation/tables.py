@@ -7,7 +7,7 @@ from typing import Any
 import numpy as np
 
 from common.errors import UserError
-from common.text import flops_text, machine_text, printable
+from common.text import flops_text, machines_text, printable
 from evaluation.finished_runs import FinishedRun, TestSet
 from evaluation.metrics import average, interval95, mcnemar, measure
 from evaluation.publish import require_alike
@@ -132,10 +132,9 @@ def _full_row(row: dict[str, Any]) -> str:
     else:
         top1 = f"**{row['top1']['mean']:.2f}** ± {row['top1']['std']:.2f} ({len(row['seeds'])} seeds)"
     time = f"{minutes(row):.1f} min" if minutes(row) >= 1 else f"{60 * minutes(row):.1f} s"
-    machines = dict.fromkeys(machine_text(machine, row["precision"]) for machine in row["machines"])
     return (f"| {row['recipe']} | {row['parameters'] / 1e6:.2f} M | {top1} | {row['top5']['mean']:.2f} "
             f"| {row['superclass']['mean']:.2f} | {time}, {flops_text(row['train_flops'])} FLOPs "
-            f"| {' or '.join(machines)} | `{row['command']}` |")
+            f"| {machines_text(row['machines'], row['precision'])} | `{row['command']}` |")
 
 
 # ---- One line per run -----------------------------------------------------------------------------------------------

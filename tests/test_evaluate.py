@@ -25,7 +25,7 @@ import train_mlp
 from common import devices
 from common.command_line import exit_status
 from common.plotting import save_figure
-from common.text import overfit_table
+from common.text import machines_text, overfit_table
 from evaluation import all_figures, blocks, corruptions, figures, finished_runs, insights, publish, report
 from evaluation.finished_runs import FinishedRun, TestSet, find_runs, named_run
 from evaluation.metrics import fit_temperature, measure, softmax
@@ -807,6 +807,14 @@ def test_the_full_table_ranks_rows_among_the_cited_ones() -> None:
     assert "| 0.90 M | **50.00** (one seed; 95% interval 49.0 to 51.0) | 50.00 | 50.00 | 1.5 min, 2.0e14 FLOPs " in text
     assert "| A CPU, 2 threads, float32 (123 GFLOP/s in one 3x3 convolution) | " in text
     assert len({line.count("|") for line in text.splitlines()}) == 1
+
+
+def test_machines_that_differ_only_in_speed_share_one_text() -> None:
+    machines = [{"processor": name, "threads": 2, "conv3x3_float32_gflops": speed}
+                for name, speed in (("A CPU", 99.6), ("B CPU", 7.0), ("A CPU", 123.4), ("A CPU", 110.0))]
+    assert machines_text(machines, "float32") == (
+        "A CPU, 2 threads, float32 (100 to 123 GFLOP/s in one 3x3 convolution) or "
+        "B CPU, 2 threads, float32 (7 GFLOP/s in one 3x3 convolution)")
 
 
 def test_figures_show_published_runs(documented: Site, capsys: pytest.CaptureFixture[str]) -> None:
