@@ -50,13 +50,13 @@ class CNNSettings(Settings):
 
 # Chosen on held-out training images; the search is in docs/experiments.md.
 FAST: dict[str, Any] = dict(
-    epochs=13, sides=(*4 * [20], *4 * [24], *5 * [32]), batch_size=256,
+    epochs=13, sides=(20,) * 4 + (24,) * 4 + (32,) * 5, batch_size=256,
     optimizer="normuon-sgd", lr=0.12, other_lr=0.35, momentum=0.6, weight_decay=5e-4, warmup=0.25, label_smoothing=0.2,
     lr_floor=0.15, average=0.98, refresh_norms=5000, alternate=True, crop=3, jitter=0.2, corrupt=0.03,
 )
 RECIPES: dict[str, dict[str, Any]] = {
     "fast": FAST,
-    "strong": {**FAST, "epochs": 20, "sides": (*6 * [20], *6 * [24], *8 * [32]), "cutmix": 0.5, "average": 0.995,
+    "strong": {**FAST, "epochs": 20, "sides": (20,) * 6 + (24,) * 6 + (32,) * 8, "cutmix": 0.5, "average": 0.995,
                "widths": (112, 352, 1024), "inner": (112, 256, 704)},
     # The network and settings of the unfinished project that this one grew from.
     "original": dict(model="original_cnn", epochs=65, batch_size=32, optimizer="sgd", lr=2.5e-4, schedule="constant",

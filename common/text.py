@@ -24,7 +24,7 @@ def machine_text(machine: dict[str, Any], precision: str) -> str:
 
 
 def machines_text(machines: list[dict[str, Any]], precision: str) -> str:
-    """The same for several machines; those that differ only in speed share one text."""
+    """Processor, threads and speed of several machines; those that differ only in speed share one text."""
     speeds: dict[str, list[int]] = {}
     for machine in machines:
         name = f"{machine['processor']}, {machine['threads']} threads, {precision}"

@@ -22,7 +22,7 @@ GALLERY_ROWS, GALLERY_COLUMNS = 5, 6
 GALLERY_SIZE = GALLERY_ROWS * GALLERY_COLUMNS
 FEW = 20  # images in a bin of confidence, below which its accuracy is mostly chance
 ACCURACY_TICKS = (10, 20, 30, 40, 50, 60, 65, 70, 75, 80, 85, 90, 95)  # on an axis that is logarithmic in the error
-LEAST_ERROR = 0.1  # points, the least that such an axis tells from none
+LEAST_ERROR = 0.1  # points; a smaller error is drawn as this one, since the logarithm of 0 is infinite
 MAX_CURVE_COLUMNS = 3  # of panels with learning curves
 
 # Grids of images leave out this superclass (baby, boy, girl, man and woman): some of its photographs are not fit for
@@ -35,13 +35,15 @@ THUMBNAIL = 4  # pixels a side: few, so that a shifted or enlarged copy is found
 CAPTIONS = {
     "accuracy-time": "Up and to the left is better: more accuracy from less training time, all timed on one machine. "
                      "Bars show the standard deviation over seeds, where there are several; numbers in brackets are "
-                     "epochs. The vertical scale is logarithmic in the error.",
+                     "epochs. The vertical scale is logarithmic in the error: halving the error is always the "
+                     "same step up.",
     "accuracy-flops": "Up and to the left is better: more accuracy from less arithmetic, which unlike time is the same "
                       "on every machine. Bars show the standard deviation over seeds, where there are several; numbers "
-                      "in brackets are epochs. The vertical scale is logarithmic in the error.",
+                      "in brackets are epochs. The vertical scale is logarithmic in the error: halving the error is "
+                      "always the same step up.",
     "curves": "Training accuracy over the epochs (blue, one line per seed) and test accuracy at the end (orange). The "
-              "gap between their ends shows how much was memorized; augmentation narrows it. With MixUp, as in mlp, "
-              "the two cannot be compared.",
+              "gap between their ends shows how much was memorized; augmentation narrows it. Where MixUp or CutMix "
+              "mixes images, as in mlp and the first 14 epochs of strong, the two cannot be compared.",
     "confused": "Each row is a pair of classes: on the left the most confident mistakes, on the right correctly "
                 "classified images of the class that they were taken for. Could you separate them?",
     "mistakes": "Above each image the prediction and its probability, below it the label. Some labels are wrong, and "
@@ -276,7 +278,7 @@ def corruptions_figure(runs: dict[str, tuple[float, np.ndarray]], strengths: dic
 
 
 def accuracy_against(series: dict[str, dict[str, tuple[float, float, float | None]]], xlabel: str, title: str):
-    """Test accuracy against a cost, on a logarithmic axis; the other one is logarithmic in the error, 100 - accuracy.
+    """Test accuracy against a cost. The cost's axis is logarithmic, the accuracy's in the error, 100 - accuracy.
 
     series: by label in the legend, points (cost, top-1 in percent, its standard deviation over seeds or None) by name.
     """

@@ -205,6 +205,13 @@ def test_accuracy_is_drawn_against_time_and_arithmetic() -> None:
     assert [text.get_text() for text in alone.texts] == ["ours", "untimed"]
 
 
+def test_the_accuracy_axis_is_logarithmic_in_the_error() -> None:
+    to_axis = figures.accuracy_flops_figure(ROWS, COSTS).axes[0].transScale.transform
+    low, middle, high = to_axis([(1e14, 60.0), (1e14, 80.0), (1e14, 90.0)])[:, 1]
+    assert middle - low == pytest.approx(high - middle)  # the error halves twice
+    assert np.isfinite(to_axis((1e14, 100.0))).all()
+
+
 def test_names_of_close_points_do_not_overlap() -> None:
     points = {f"a long name {number}": (100.0 + 3 * number, 70.0 + number / 4, None) for number in range(3)}
     figure = figures.accuracy_against({"ours": points, "others": {"another": (101.0, 71.0, None)}}, "cost", "")
