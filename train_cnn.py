@@ -54,10 +54,15 @@ FAST: dict[str, Any] = dict(
     optimizer="normuon-sgd", lr=0.12, other_lr=0.35, momentum=0.6, weight_decay=5e-4, warmup=0.25, label_smoothing=0.2,
     lr_floor=0.15, average=0.98, refresh_norms=5000, alternate=True, crop=3, jitter=0.2, corrupt=0.03,
 )
+STRONG: dict[str, Any] = {
+    **FAST, "epochs": 20, "sides": (20,) * 6 + (24,) * 6 + (32,) * 8, "cutmix": 0.5, "average": 0.995,
+    "widths": (112, 352, 1024), "inner": (112, 256, 704),
+}
 RECIPES: dict[str, dict[str, Any]] = {
     "fast": FAST,
-    "strong": {**FAST, "epochs": 20, "sides": (20,) * 6 + (24,) * 6 + (32,) * 8, "cutmix": 0.5, "average": 0.995,
-               "widths": (112, 352, 1024), "inner": (112, 256, 704)},
+    "strong": STRONG,
+    "best": {**STRONG, "epochs": 28, "sides": (20,) * 8 + (24,) * 8 + (32,) * 12,
+             "widths": (192, 608, 1792), "inner": (192, 448, 1216)},
     # The network and settings of the unfinished project that this one grew from.
     "original": dict(model="original_cnn", epochs=65, batch_size=32, optimizer="sgd", lr=2.5e-4, schedule="constant",
                      flip=False),
