@@ -31,19 +31,19 @@ PEOPLE = "people"
 ALIKE = 0.85  # correlation of two thumbnails, from which on a grid shows only one of the two images
 THUMBNAIL = 4  # pixels a side: few, so that a shifted or enlarged copy is found
 
+# The end of two captions.
+BARS = ("Bars show the standard deviation over seeds, where there are several; numbers in brackets are epochs. The "
+        "vertical scale is logarithmic in the error: halving the error is always the same step up.")
+
 # By file name: what to see. The documents have these sentences under the figures, and a test compares them.
 CAPTIONS = {
     "accuracy-time": "Up and to the left is better: more accuracy from less training time, all timed on one machine. "
-                     "Bars show the standard deviation over seeds, where there are several; numbers in brackets are "
-                     "epochs. The vertical scale is logarithmic in the error: halving the error is always the "
-                     "same step up.",
+                     f"{BARS}",
     "accuracy-flops": "Up and to the left is better: more accuracy from less arithmetic, which unlike time is the same "
-                      "on every machine. Bars show the standard deviation over seeds, where there are several; numbers "
-                      "in brackets are epochs. The vertical scale is logarithmic in the error: halving the error is "
-                      "always the same step up.",
+                      f"on every machine. {BARS}",
     "curves": "Training accuracy over the epochs (blue, one line per seed) and test accuracy at the end (orange). The "
               "gap between their ends shows how much was memorized; augmentation narrows it. Where MixUp or CutMix "
-              "mixes images, as in mlp and the first 14 epochs of strong, the two cannot be compared.",
+              "mixes images, as in mlp and for most of strong, the two cannot be compared.",
     "confused": "Each row is a pair of classes: on the left the most confident mistakes, on the right correctly "
                 "classified images of the class that they were taken for. Could you separate them?",
     "mistakes": "Above each image the prediction and its probability, below it the label. Some labels are wrong, and "
