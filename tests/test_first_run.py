@@ -4,6 +4,7 @@ import dataclasses
 import inspect
 import io
 import json
+import platform
 import re
 import shlex
 import sys
@@ -131,6 +132,18 @@ def test_the_faster_precision_is_chosen_with_its_reason(
     assert found == (dataclasses.replace(settings, precision=chosen), reason)
     assert {(threads, images) for _, threads, images in timed} == {(1, size) for size in sizes}
     assert torch.get_num_threads() == 2
+
+
+@pytest.mark.skipif(platform.libc_ver()[0] != "glibc", reason="other libraries than GNU's decide for themselves")
+def test_freed_memory_is_kept_for_the_next_step() -> None:
+    resource = pytest.importorskip("resource")
+    prepare_device(train_mlp.MLPSettings(device="cpu"))
+    faults = []
+    for _ in range(6):
+        before = resource.getrusage(resource.RUSAGE_SELF).ru_minflt
+        torch.ones(2**24)  # 64 MB
+        faults.append(resource.getrusage(resource.RUSAGE_SELF).ru_minflt - before)
+    assert min(faults) < 100  # it has 16,384 pages
 
 
 @pytest.mark.parametrize(("one", "every", "batch_size", "brief", "chosen"), [

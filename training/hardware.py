@@ -1,6 +1,7 @@
 """The machine a training runs on: its device, its fastest arithmetic, its speed and its memory."""
 
 import copy
+import ctypes
 import math
 import os
 import platform
@@ -32,17 +33,32 @@ THREADS_IMAGES = 64  # of a step that is timed with one thread and with all
 SHORT_STEP = 0.02  # seconds with one thread; a longer step is worth all cores
 CLEARLY = 1.1  # times as fast: more than the noise
 BYTES_PER_PARAMETER = 12  # at least: float32 value, gradient and momentum
+M_TRIM_THRESHOLD, M_MMAP_MAX = -1, -4  # in malloc.h of the GNU C library
 
 
 def prepare_device(settings: Settings) -> Settings:
     """Settings whose device and threads are those that this process now uses, instead of "auto" and 0.
 
-    Raises UserError if this machine does not have the device.
+    On a CPU the process then keeps the memory that it frees. Raises UserError if this machine does not have the device.
     """
     device = choose_device(settings.device)
+    if device == "cpu":
+        _keep_freed_memory()
     if settings.threads:
         torch.set_num_threads(settings.threads)
     return replace(settings, device=device, threads=torch.get_num_threads())
+
+
+def _keep_freed_memory() -> None:
+    """Let this process keep the memory that it frees, where the GNU C library allocates it.
+
+    Otherwise the library returns each large map to the system, which clears all its pages when the next step asks for
+    them. With maps of hundreds of megabytes, that took a quarter of a training step and more (docs/experiments.md).
+    """
+    if platform.libc_ver()[0] == "glibc":
+        library = ctypes.CDLL(None)
+        library.mallopt(M_MMAP_MAX, 0)
+        library.mallopt(M_TRIM_THRESHOLD, -1)
 
 
 def require_memory(build: Callable[[], nn.Module], device: str) -> None:
