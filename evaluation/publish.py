@@ -17,6 +17,8 @@ from utils import FINE_NAMES, load_cifar100
 RECORDED = ("config.json", "metrics.csv", "loss.png", "result.json")
 MAX_WEIGHTS_BYTES = 50_000_000  # of one file; GitHub warns above that
 MAY_DIFFER = ("seed", "threads", "data_dir", "checkpoint_every", "tensorboard")  # between the runs of a recipe
+# Between them and the run that calibrates them: another machine's arithmetic matters less than another seed.
+MAY_DIFFER_IN_CALIBRATION = ("train_on_all", "device", "precision")
 
 
 def publish(name: str, results_dir: Path, test: TestSet) -> Path:
@@ -51,7 +53,7 @@ def publish_calibration(name: str, results_dir: Path, data_dir: str, device: str
     if run.settings["train_on_all"]:
         raise UserError(f"{run.folder} was trained on the validation set too: train it without --train-on-all")
     _require_plain(run)
-    require_alike([*_siblings(run, results_dir), run], except_for=("train_on_all",))
+    require_alike([*_siblings(run, results_dir), run], except_for=MAY_DIFFER_IN_CALIBRATION)
     _, val = load_cifar100(data_dir)
     assert val is not None  # unless train_on_all
     logits = finite_logits(load_model(run.weights, device), val.images, len(val.fine_names), str(run.weights))
@@ -71,7 +73,7 @@ def read_calibration(run: FinishedRun, results_dir: Path) -> tuple[np.ndarray, n
     path = folder / "val_predictions.npz"
     if not path.exists():
         return None
-    require_alike([run, FinishedRun(folder)], except_for=("train_on_all",))
+    require_alike([run, FinishedRun(folder)], except_for=MAY_DIFFER_IN_CALIBRATION)
     logits, labels = read_arrays(path, "logits", "fine_labels")
     if labels.dtype != np.uint8 or labels.ndim != 1 or not len(labels) or labels.max() >= len(FINE_NAMES) \
             or not are_logits(logits, len(labels), len(FINE_NAMES)):

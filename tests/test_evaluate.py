@@ -453,7 +453,7 @@ def documented_template(
                    "memorized": 64, "batch_size": 64, "passed": True}
         (site.published / "overfit_batch" / "mlp" / "overfit.json").write_text(json.dumps({"losses": {"mse": outcome}}))
         (site.published / "benchmarks").mkdir()
-        for file in ("time_to_accuracy.md", "time_to_accuracy_float32.md", "overfit_riddle.md",
+        for file in ("time_to_accuracy.md", "time_to_accuracy_bfloat16.md", "overfit_riddle.md",
                      "overfit_riddle_shapes.md", "overfit_riddle_odds.md", "cost.md", "scaling.md", "loader.md"):
             (site.published / "benchmarks" / file).write_text(f"| {file} | 7 |\n")
         list_near_duplicates(site, test_set.hashes[:10])
@@ -703,6 +703,13 @@ def test_calibration_keeps_the_validation_logits(published: Site) -> None:
     assert [run.name for run in find_runs(published.results) if run.published] == ["mlp-s0", "mlp-s1"]
     assert published.main("--check") == 0
     assert published.main("--calibrate", "held-out") == 0  # replaces the older one
+
+
+def test_a_calibration_may_come_from_another_machine(published: Site) -> None:
+    edit_settings(published.results / "held-out", precision="bfloat16", device="cuda")
+    assert published.main("--calibrate", "held-out") == 0
+    assert published.main() == published.main("--check") == 0
+    assert load_model(published.published / "mlp-s0" / "model.safetensors").temperature != 1.0
 
 
 def test_published_weights_carry_the_temperature_and_the_classes(documented: Site) -> None:
