@@ -199,7 +199,7 @@ BLOCKS: dict[str, Callable[[Published], str]] = {
     "weights": _weights,
     "prediction": _prediction,
     "cost": _printed("time_to_accuracy.md"),
-    "cost-float32": _printed("time_to_accuracy_float32.md"),
+    "cost-bfloat16": _printed("time_to_accuracy_bfloat16.md"),
     "riddle": _printed("overfit_riddle.md"),
     "riddle-shapes": _printed("overfit_riddle_shapes.md"),
     "riddle-odds": _printed("overfit_riddle_odds.md"),
