@@ -17,7 +17,7 @@ from utils import FINE_NAMES, load_cifar100
 RECORDED = ("config.json", "metrics.csv", "loss.png", "result.json")
 MAX_WEIGHTS_BYTES = 50_000_000  # of one file; GitHub warns above that
 MAY_DIFFER = ("seed", "threads", "data_dir", "checkpoint_every", "tensorboard")  # between the runs of a recipe
-# Between them and the run that calibrates them: another machine's arithmetic matters less than another seed.
+# Between them and the run that calibrates them. It may come from another machine: its temperature serves every seed.
 MAY_DIFFER_IN_CALIBRATION = ("train_on_all", "device", "precision")
 
 

@@ -221,9 +221,11 @@ def cited_rows(results_dir: Path) -> list[dict[str, Any]]:
     empty: Cells = [("", None)] * 5
     rows = [{"name": cited["model"], "note": cited["source"],
              "cells": [(cited["top1"], float(cited["top1"])), *empty, *empty[:2]]} for cited in CITED]
-    for cost in measured_costs(read_costs(results_dir)):
+    costs = read_costs(results_dir)
+    machine = costs.partition("\n")[0].partition(" (")[0]  # without its GFLOP/s
+    for cost in measured_costs(costs):
         if cost["accuracy"] is not None and not cost["name"].startswith(OURS):
-            rows.append({"name": cost["name"], "note": "accuracy of its authors, minutes timed by us",
+            rows.append({"name": cost["name"], "note": f"accuracy of its authors; minutes timed by us on {machine}",
                          "cells": [(f"{cost['accuracy']:.1f}", cost["accuracy"]), *empty,
                                    (_minutes(cost["minutes"]), cost["minutes"]),
                                    (flops_text(cost["flops"]), cost["flops"])]})

@@ -180,6 +180,7 @@ def test_the_benchmark_adds_published_recipes(tmp_path: Path) -> None:
     (folder / "time_to_accuracy.md").write_text(BENCHMARK)
     *_, short, long = cited_rows(tmp_path)
     assert [short["name"], long["name"]] == ["theirs/short", "theirs/long"]
+    assert short["note"] == "accuracy of its authors; minutes timed by us on A machine"
     assert [value for _, value in short["cells"]] == [70.7, None, None, None, None, None, 17.4, 5.9e14]
     assert long["cells"][-2] == ("396", 396)
 
