@@ -41,7 +41,7 @@ from models.mirrornet import KERNELS, LOGIT_SCALE
 from models.resnet import BasicBlock, ResNet
 from train_cnn import CNNSettings
 from training.distributed import ALONE
-from training.hardware import choose_precision, machine_facts, prepare_device, synchronize
+from training.hardware import choose_precision, keep_freed_memory, machine_facts, prepare_device, synchronize
 from training.loop import fit_and_place, forward_flops, loss_of, make_mix, training_step
 from training.optimizers import make_optimizers, set_rates
 from utils import Split, batches, default_data_dir, load_cifar100
@@ -215,6 +215,7 @@ def time_turn(contestant: Contestant, steps: Iterator[int], side: int) -> float:
 def measure(everyone: list[Contestant], split: Split, precision: str, device: str) -> None:
     """Measure the seconds and FLOPs of every contestant."""
     settings = prepare_device(replace(everyone[0].settings, precision=precision, device=device))
+    keep_freed_memory(settings.device)  # as a training does
     for contestant in everyone:
         contestant.settings = replace(contestant.settings, device=settings.device, threads=settings.threads)
         contestant.model = fit_and_place(contestant.model, split, contestant.settings)

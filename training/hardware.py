@@ -39,24 +39,22 @@ M_TRIM_THRESHOLD, M_MMAP_MAX = -1, -4  # in malloc.h of the GNU C library
 def prepare_device(settings: Settings) -> Settings:
     """Settings whose device and threads are those that this process now uses, instead of "auto" and 0.
 
-    On a CPU the process then keeps the memory that it frees. Raises UserError if this machine does not have the device.
+    Raises UserError if this machine does not have the device.
     """
     device = choose_device(settings.device)
-    if device == "cpu":
-        _keep_freed_memory()
     if settings.threads:
         torch.set_num_threads(settings.threads)
     return replace(settings, device=device, threads=torch.get_num_threads())
 
 
-def _keep_freed_memory() -> None:
-    """Let this process keep the memory that it frees, where the GNU C library allocates it.
+def keep_freed_memory(device: torch.device | str) -> None:
+    """On a CPU, let this process keep the memory that it frees, where the GNU C library allocates it.
 
     Otherwise the library returns each map of dozens of megabytes to the system, which clears its pages when the next
     step asks for them. Without that, steps of 1,024 images take up to 0.4 less time, ours of 256 no less
     (docs/experiments.md). It holds in the main thread until the process ends.
     """
-    if platform.libc_ver()[0] == "glibc":
+    if torch.device(device).type == "cpu" and platform.libc_ver()[0] == "glibc":
         library = ctypes.CDLL(None)
         library.mallopt(M_MMAP_MAX, 0)
         library.mallopt(M_TRIM_THRESHOLD, -1)

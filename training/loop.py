@@ -32,6 +32,7 @@ from training.hardware import (
     autocast,
     choose_precision,
     choose_threads,
+    keep_freed_memory,
     machine_facts,
     peak_memory,
     prepare_device,
@@ -97,6 +98,7 @@ def train(
         done = sum(flops[:progress.epoch]) + (flops[progress.epoch] * progress.step / steps if progress.step else 0)
         bar = stack.enter_context(progress_bar(sum(flops), done, disable=quiet or not processes.is_first))
         saved_at = time.monotonic()
+        keep_freed_memory(device)  # not before: a damaged checkpoint may take much
 
         for epoch in range(progress.epoch, settings.epochs):
             set_side(model, settings.side_in(epoch))  # progressive resolution
