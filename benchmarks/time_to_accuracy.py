@@ -11,7 +11,7 @@ does: our network has filters in mirrored pairs, and leaves out the rows that po
 maps. We time real training steps (augmentation, forward, backward, optimizer) at every resolution that a recipe uses.
 All contestants take turns over several rounds, and the median is multiplied by the recipe's epochs on 50,000 images.
 Nothing is trained to the end: accuracies are the authors' own and, for our recipes, those in results/results.json.
-Takes about five minutes on two CPU cores.
+Takes about seven minutes on two CPU cores.
 """
 
 import itertools

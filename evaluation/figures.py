@@ -38,9 +38,9 @@ BARS = ("Bars show the standard deviation over seeds, where there are several; n
 # By file name: what to see. The documents have these sentences under the figures, and a test compares them.
 CAPTIONS = {
     "accuracy-time": "Up and to the left is better: more accuracy from less training time, all timed on one machine. "
-                     f"{BARS}",
+                     + BARS,
     "accuracy-flops": "Up and to the left is better: more accuracy from less arithmetic, which unlike time is the same "
-                      f"on every machine. {BARS}",
+                      "on every machine. " + BARS,
     "curves": "Training accuracy over the epochs (blue, one line per seed) and test accuracy at the end (orange). The "
               "gap between their ends shows how much was memorized; augmentation narrows it. Where MixUp or CutMix "
               "mixes images, as in mlp and for most of strong, the two cannot be compared.",
