@@ -61,7 +61,7 @@ STRONG: dict[str, Any] = {
 RECIPES: dict[str, dict[str, Any]] = {
     "fast": FAST,
     "strong": STRONG,
-    "best": {**STRONG, "epochs": 28, "sides": (20,) * 8 + (24,) * 8 + (32,) * 12,
+    "best": {**STRONG, "epochs": 23, "sides": (20,) * 7 + (24,) * 7 + (32,) * 9,
              "widths": (160, 512, 1472), "inner": (160, 384, 1024)},
     # The network and settings of the unfinished project that this one grew from.
     "original": dict(model="original_cnn", epochs=65, batch_size=32, optimizer="sgd", lr=2.5e-4, schedule="constant",
