@@ -2,6 +2,7 @@
 
 import functools
 from collections.abc import Sequence
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -162,24 +163,75 @@ class MirrorConv(nn.Module):
         return torch.cat([self.even.weight, self.odd.weight], 1)
 
     def forward(self, x: Tensor) -> Tensor:
-        if self.padding:
-            x = F.pad(x, (1, 1, 0, 0))  # `even` and `odd` pad the height
-        first, second = x.permute(0, 2, 3, 1).unflatten(3, (2, -1)).unbind(3)
-        p, q = first + second, first - second
-        even = _convolve(self._columns(p, q), self.even)
-        odd = _convolve(self._columns(q, p), self.odd)
-        return torch.stack([even + odd, even - odd], 3).flatten(3).permute(0, 3, 1, 2)
+        even, odd = _Combine.apply(x.permute(0, 2, 3, 1), self.size, self.padding)
+        even, odd = _convolve(even, self.even), _convolve(odd, self.odd)
+        return _Halves.apply(even, odd).permute(0, 3, 1, 2)
 
-    def _columns(self, x: Tensor, y: Tensor) -> Tensor:
-        """The even combinations of the columns under a filter, from even `x` and odd `y`; or, exchanged, the odd ones.
 
-        [N, H, W, C] each -> [N, H, W + 1 - size, size * C].
-        """
-        if self.size == 1:
-            return x
-        far = self.size - 1
-        center = [x[:, :, 1:-1]] if self.size == 3 else []
-        return torch.cat([*center, x[:, :, :-far] + x[:, :, far:], y[:, :, far:] - y[:, :, :-far]], 3)
+class _Combine(torch.autograd.Function):
+    """The even and the odd combinations of the columns under a filter, from the halves of the channels.
+
+    [N, H, W, 2 C] -> two of [N, H, W', size * C]. Written and differentiated by hand, since autograd would make a new
+    map for every term. `padding` columns of zeros are added on each side, where `size` is 3.
+    """
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, size: int, padding: int) -> tuple[Tensor, Tensor]:
+        ctx.size, ctx.padding, far = size, padding, size - 1
+        (batch, height, width, channels), (first, second) = x.shape, x.chunk(2, 3)
+        empty = x.new_zeros if padding else x.new_empty
+        p, q = empty(2, batch, height, width + 2 * padding, channels // 2)
+        inner = slice(padding, width + padding)
+        torch.add(first, second, out=p[:, :, inner])
+        torch.sub(first, second, out=q[:, :, inner])
+        if size == 1:
+            return p, q
+        combined = []
+        for own, other in ((p, q), (q, p)):
+            columns = x.new_empty(batch, height, own.shape[2] - far, size, channels // 2)
+            if size == 3:
+                columns[..., 0, :] = own[:, :, 1:-1]
+            torch.add(own[:, :, :-far], own[:, :, far:], out=columns[..., -2, :])
+            torch.sub(other[:, :, far:], other[:, :, :-far], out=columns[..., -1, :])
+            combined.append(columns.flatten(3))
+        return combined[0], combined[1]
+
+    @staticmethod
+    def backward(ctx: Any, even: Tensor, odd: Tensor) -> tuple[Tensor, None, None]:
+        size, far = ctx.size, ctx.size - 1
+        even, odd = even.unflatten(3, (size, -1)), odd.unflatten(3, (size, -1))
+        batch, height, columns, _, channels = even.shape
+        p, q = even.new_zeros(2, batch, height, columns + far, channels)
+        for grad, own, other in ((p, even, odd), (q, odd, even)):
+            if size != 2:
+                grad[:, :, far // 2:columns + far // 2] = own[..., 0, :]
+            if size > 1:
+                grad[:, :, :-far] += own[..., -2, :]
+                grad[:, :, :-far] -= other[..., -1, :]
+                grad[:, :, far:] += own[..., -2, :]
+                grad[:, :, far:] += other[..., -1, :]
+        width = columns + far - 2 * ctx.padding
+        p, q = (grad[:, :, ctx.padding:ctx.padding + width] for grad in (p, q))
+        result = even.new_empty(batch, height, width, 2, channels)
+        torch.add(p, q, out=result[..., 0, :])
+        torch.sub(p, q, out=result[..., 1, :])
+        return result.flatten(3), None, None
+
+
+class _Halves(torch.autograd.Function):
+    """The halves of the output channels, even + odd and even - odd: two of [N, H, W, C] -> [N, H, W, 2 C]."""
+
+    @staticmethod
+    def forward(ctx: Any, even: Tensor, odd: Tensor) -> Tensor:
+        halves = even.new_empty(*even.shape[:3], 2, even.shape[3])
+        torch.add(even, odd, out=halves[..., 0, :])
+        torch.sub(even, odd, out=halves[..., 1, :])
+        return halves.flatten(3)
+
+    @staticmethod
+    def backward(ctx: Any, halves: Tensor) -> tuple[Tensor, Tensor]:
+        first, second = halves.unflatten(3, (2, -1)).unbind(3)
+        return first + second, first - second
 
 
 def _convolve(x: Tensor, layer: nn.Conv2d) -> Tensor:
