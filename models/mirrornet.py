@@ -171,8 +171,9 @@ class MirrorConv(nn.Module):
 class _Combine(torch.autograd.Function):
     """The even and the odd combinations of the columns under a filter, from the halves of the channels.
 
-    [N, H, W, 2 C] -> two of [N, H, W', size * C]. Written and differentiated by hand, since autograd would make a new
-    map for every term. `padding` columns of zeros are added on each side, where `size` is 3.
+    [N, H, W, 2 C] -> two of [N, H, W', size * C], in the order center (unless `size` is 2), sum and difference of the
+    outer columns (unless it is 1). `padding` columns of zeros are added on each side, where `size` is 3. Written and
+    differentiated by hand, since autograd would make a new map for every term.
     """
 
     @staticmethod
