@@ -163,17 +163,40 @@ class MirrorConv(nn.Module):
         return torch.cat([self.even.weight, self.odd.weight], 1)
 
     def forward(self, x: Tensor) -> Tensor:
-        even, odd = _Combine.apply(x.permute(0, 2, 3, 1), self.size, self.padding)
-        even, odd = _convolve(even, self.even), _convolve(odd, self.odd)
-        return _Halves.apply(even, odd).permute(0, 3, 1, 2)
+        # torch.compile cannot make one graph of those that are written by hand.
+        combine, join = (_combine, _join) if torch.compiler.is_compiling() else (_Combine.apply, _Join.apply)
+        even, odd = combine(x.permute(0, 2, 3, 1), self.size, self.padding)
+        return join(_convolve(even, self.even), _convolve(odd, self.odd)).permute(0, 3, 1, 2)
+
+
+def _combine(x: Tensor, size: int, padding: int) -> tuple[Tensor, Tensor]:
+    """The even and the odd combinations of the columns under a filter, from the halves of the channels.
+
+    [N, H, W, 2 C] -> two of [N, H, W', size * C]: the center (unless `size` is 2), then sum and difference of the outer
+    columns (unless it is 1). `padding` columns of zeros are added on each side first.
+    """
+    first, second = F.pad(x, (0, 0, padding, padding)).chunk(2, 3)
+    p, q = first + second, first - second
+    if size == 1:
+        return p, q
+    far = size - 1
+
+    def columns(same: Tensor, other: Tensor) -> Tensor:
+        center = [same[:, :, 1:-1]] if size == 3 else []
+        return torch.cat([*center, same[:, :, :-far] + same[:, :, far:], other[:, :, far:] - other[:, :, :-far]], 3)
+
+    return columns(p, q), columns(q, p)
+
+
+def _join(even: Tensor, odd: Tensor) -> Tensor:
+    """The halves of the channels, even + odd and even - odd: two of [N, H, W, C] -> [N, H, W, 2 C]."""
+    return torch.cat([even + odd, even - odd], 3)
 
 
 class _Combine(torch.autograd.Function):
-    """The even and the odd combinations of the columns under a filter, from the halves of the channels.
+    """`_combine` with each result written once, also in the backward pass.
 
-    [N, H, W, 2 C] -> two of [N, H, W', size * C], in the order center (unless `size` is 2), sum and difference of the
-    outer columns (unless it is 1). `padding` columns of zeros are added on each side, where `size` is 3. Written and
-    differentiated by hand, since autograd would make a new map for every term.
+    Autograd would make a new map for every term, and for every slice one that is filled with zeros.
     """
 
     @staticmethod
@@ -188,51 +211,53 @@ class _Combine(torch.autograd.Function):
         if size == 1:
             return p, q
         combined = []
-        for own, other in ((p, q), (q, p)):
-            columns = x.new_empty(batch, height, own.shape[2] - far, size, channels // 2)
+        for same, other in ((p, q), (q, p)):
+            columns = x.new_empty(batch, height, same.shape[2] - far, size, channels // 2)
             if size == 3:
-                columns[..., 0, :] = own[:, :, 1:-1]
-            torch.add(own[:, :, :-far], own[:, :, far:], out=columns[..., -2, :])
+                columns[..., 0, :] = same[:, :, 1:-1]
+            torch.add(same[:, :, :-far], same[:, :, far:], out=columns[..., -2, :])
             torch.sub(other[:, :, far:], other[:, :, :-far], out=columns[..., -1, :])
             combined.append(columns.flatten(3))
         return combined[0], combined[1]
 
     @staticmethod
     def backward(ctx: Any, even: Tensor, odd: Tensor) -> tuple[Tensor, None, None]:
-        size, far = ctx.size, ctx.size - 1
+        size, padding, far = ctx.size, ctx.padding, ctx.size - 1
+        if size == 1:
+            return _joined(even, odd), None, None
         even, odd = even.unflatten(3, (size, -1)), odd.unflatten(3, (size, -1))
-        batch, height, columns, _, channels = even.shape
-        p, q = even.new_zeros(2, batch, height, columns + far, channels)
-        for grad, own, other in ((p, even, odd), (q, odd, even)):
-            if size != 2:
-                grad[:, :, far // 2:columns + far // 2] = own[..., 0, :]
-            if size > 1:
-                grad[:, :, :-far] += own[..., -2, :]
-                grad[:, :, :-far] -= other[..., -1, :]
-                grad[:, :, far:] += own[..., -2, :]
-                grad[:, :, far:] += other[..., -1, :]
-        width = columns + far - 2 * ctx.padding
-        p, q = (grad[:, :, ctx.padding:ctx.padding + width] for grad in (p, q))
-        result = even.new_empty(batch, height, width, 2, channels)
-        torch.add(p, q, out=result[..., 0, :])
-        torch.sub(p, q, out=result[..., 1, :])
-        return result.flatten(3), None, None
+        batch, height, width, _, channels = even.shape
+        p, q = even.new_zeros(2, batch, height, width + far, channels)
+        for grad, same, other in ((p, even, odd), (q, odd, even)):
+            if size == 3:
+                grad[:, :, 1:-1] = same[..., 0, :]
+            grad[:, :, :-far] += same[..., -2, :]
+            grad[:, :, :-far] -= other[..., -1, :]
+            grad[:, :, far:] += same[..., -2, :]
+            grad[:, :, far:] += other[..., -1, :]
+        inner = slice(padding, width + far - padding)
+        return _joined(p[:, :, inner], q[:, :, inner]), None, None
 
 
-class _Halves(torch.autograd.Function):
-    """The halves of the output channels, even + odd and even - odd: two of [N, H, W, C] -> [N, H, W, 2 C]."""
+class _Join(torch.autograd.Function):
+    """`_join` with both passes written by hand."""
 
     @staticmethod
     def forward(ctx: Any, even: Tensor, odd: Tensor) -> Tensor:
-        halves = even.new_empty(*even.shape[:3], 2, even.shape[3])
-        torch.add(even, odd, out=halves[..., 0, :])
-        torch.sub(even, odd, out=halves[..., 1, :])
-        return halves.flatten(3)
+        return _joined(even, odd)
 
     @staticmethod
     def backward(ctx: Any, halves: Tensor) -> tuple[Tensor, Tensor]:
-        first, second = halves.unflatten(3, (2, -1)).unbind(3)
+        first, second = halves.chunk(2, 3)
         return first + second, first - second
+
+
+def _joined(even: Tensor, odd: Tensor) -> Tensor:
+    """`_join`, but each half is written once, where it belongs."""
+    halves = even.new_empty(*even.shape[:3], 2, even.shape[3])
+    torch.add(even, odd, out=halves[..., 0, :])
+    torch.sub(even, odd, out=halves[..., 1, :])
+    return halves.flatten(3)
 
 
 def _convolve(x: Tensor, layer: nn.Conv2d) -> Tensor:
