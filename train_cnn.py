@@ -77,7 +77,8 @@ OVERFIT: dict[str, Any] = dict(
 
 
 # By recipe: what to try after it.
-AFTER = {"fast": "python train_cnn.py --recipe strong", "original": "python train_cnn.py"}
+AFTER = {"fast": "python train_cnn.py --recipe strong", "strong": "python train_cnn.py --recipe best",
+         "original": "python train_cnn.py"}
 
 
 def network_arguments(settings: CNNSettings) -> dict[str, Any]:

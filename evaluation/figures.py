@@ -43,7 +43,7 @@ CAPTIONS = {
                       "on every machine. " + BARS,
     "curves": "Training accuracy over the epochs (blue, one line per seed) and test accuracy at the end (orange). The "
               "gap between their ends shows how much was memorized; augmentation narrows it. Where MixUp or CutMix "
-              "mixes images, as in mlp and for most of strong, the two cannot be compared.",
+              "mixes images, as in mlp and for most of strong and best, the two cannot be compared.",
     "confused": "Each row is a pair of classes: on the left the most confident mistakes, on the right correctly "
                 "classified images of the class that they were taken for. Could you separate them?",
     "mistakes": "Above each image the prediction and its probability, below it the label. Some labels are wrong, and "

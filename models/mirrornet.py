@@ -7,6 +7,7 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.autograd.function import once_differentiable
 
 from .layers import Norm, Resize
 
@@ -163,7 +164,7 @@ class MirrorConv(nn.Module):
         return torch.cat([self.even.weight, self.odd.weight], 1)
 
     def forward(self, x: Tensor) -> Tensor:
-        # torch.compile cannot make one graph of those that are written by hand.
+        # torch.compile fails on the functions written by hand. It fuses the plain ones itself.
         combine, join = (_combine, _join) if torch.compiler.is_compiling() else (_Combine.apply, _Join.apply)
         even, odd = combine(x.permute(0, 2, 3, 1), self.size, self.padding)
         return join(_convolve(even, self.even), _convolve(odd, self.odd)).permute(0, 3, 1, 2)
@@ -194,7 +195,7 @@ def _join(even: Tensor, odd: Tensor) -> Tensor:
 
 
 class _Combine(torch.autograd.Function):
-    """`_combine` with each result written once, also in the backward pass.
+    """`_combine`, with sums written directly into the result and gradients added up in place.
 
     Autograd would make a new map for every term, and for every slice one that is filled with zeros.
     """
@@ -202,7 +203,8 @@ class _Combine(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, x: Tensor, size: int, padding: int) -> tuple[Tensor, Tensor]:
         ctx.size, ctx.padding, far = size, padding, size - 1
-        (batch, height, width, channels), (first, second) = x.shape, x.chunk(2, 3)
+        batch, height, width, channels = x.shape
+        first, second = x.chunk(2, 3)
         empty = x.new_zeros if padding else x.new_empty
         p, q = empty(2, batch, height, width + 2 * padding, channels // 2)
         inner = slice(padding, width + padding)
@@ -221,39 +223,39 @@ class _Combine(torch.autograd.Function):
         return combined[0], combined[1]
 
     @staticmethod
+    @once_differentiable
     def backward(ctx: Any, even: Tensor, odd: Tensor) -> tuple[Tensor, None, None]:
         size, padding, far = ctx.size, ctx.padding, ctx.size - 1
         if size == 1:
-            return _joined(even, odd), None, None
+            return _sum_and_difference(even, odd), None, None
         even, odd = even.unflatten(3, (size, -1)), odd.unflatten(3, (size, -1))
         batch, height, width, _, channels = even.shape
         p, q = even.new_zeros(2, batch, height, width + far, channels)
         for grad, same, other in ((p, even, odd), (q, odd, even)):
             if size == 3:
                 grad[:, :, 1:-1] = same[..., 0, :]
-            grad[:, :, :-far] += same[..., -2, :]
-            grad[:, :, :-far] -= other[..., -1, :]
-            grad[:, :, far:] += same[..., -2, :]
-            grad[:, :, far:] += other[..., -1, :]
+            grad[:, :, :-far] += same[..., -2, :] - other[..., -1, :]
+            grad[:, :, far:] += same[..., -2, :] + other[..., -1, :]
         inner = slice(padding, width + far - padding)
-        return _joined(p[:, :, inner], q[:, :, inner]), None, None
+        return _sum_and_difference(p[:, :, inner], q[:, :, inner]), None, None
 
 
 class _Join(torch.autograd.Function):
-    """`_join` with both passes written by hand."""
+    """`_join`, with sums written directly into the result, and without a negated map in the backward pass."""
 
     @staticmethod
     def forward(ctx: Any, even: Tensor, odd: Tensor) -> Tensor:
-        return _joined(even, odd)
+        return _sum_and_difference(even, odd)
 
     @staticmethod
+    @once_differentiable
     def backward(ctx: Any, halves: Tensor) -> tuple[Tensor, Tensor]:
         first, second = halves.chunk(2, 3)
         return first + second, first - second
 
 
-def _joined(even: Tensor, odd: Tensor) -> Tensor:
-    """`_join`, but each half is written once, where it belongs."""
+def _sum_and_difference(even: Tensor, odd: Tensor) -> Tensor:
+    """even + odd and even - odd, written into one new map: two of [N, H, W, C] -> [N, H, W, 2 C]."""
     halves = even.new_empty(*even.shape[:3], 2, even.shape[3])
     torch.add(even, odd, out=halves[..., 0, :])
     torch.sub(even, odd, out=halves[..., 1, :])

@@ -273,8 +273,9 @@ def last_lines(script: Script, results_dir: Path, capsys: pytest.CaptureFixture[
     (train_cnn.SCRIPT, "--recipe strong --epochs 1",
      f"train for all {train_cnn.RECIPES['strong']['epochs']} epochs: python train_cnn.py --recipe strong --seed 0"),
     (train_cnn.SCRIPT, "--recipe original", "try next: python train_cnn.py"),
-    (train_cnn.SCRIPT, "--recipe strong",
-     "classify an image with it: python predict.py docs/figures/drawing.png --model strong-s0"),
+    (train_cnn.SCRIPT, "--recipe strong", "try next: python train_cnn.py --recipe best"),
+    (train_cnn.SCRIPT, "--recipe best",
+     "classify an image with it: python predict.py docs/figures/drawing.png --model best-s0"),
 ])
 def test_a_finished_run_names_the_next_step(
     script: Script, flags: str, step: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch,
@@ -290,7 +291,7 @@ def test_the_next_step_of_a_run_works_from_anywhere(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     monkeypatch.chdir(tmp_path)
-    line = last_lines(train_cnn.SCRIPT, tmp_path / "runs", capsys, "--recipe", "strong")[-1]
+    line = last_lines(train_cnn.SCRIPT, tmp_path / "runs", capsys, "--recipe", "best")[-1]
     words = shlex.split(line.partition(": ")[2])
     assert words[:2] == ["python", predict.__file__]
     assert exit_status(lambda: predict.main(words[2:])) == 0

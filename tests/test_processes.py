@@ -202,7 +202,7 @@ def test_a_training_whose_processes_die_loses_nothing(processes: int, tmp_path: 
 
 @pytest.mark.slow
 def test_two_processes_with_batch_norm_train_as_well(tmp_path: Path) -> None:
-    short = ("--widths", "8,16,32", "--inner", "8,16,16", "--sides", "16", "--batch-size", "250", "--epochs", "5")
+    short = ("--widths", "8,16,32", "--inner", "8,16,16", "--sides", "16", "--batch-size", "250", "--epochs", "8")
     accuracies = {}
     for processes in (1, 2):
         done = train(tmp_path, processes, *CNN, *short, "--name", f"in{processes}")
