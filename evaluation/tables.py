@@ -101,7 +101,7 @@ def _hardware(row: dict[str, Any]) -> str:
 
 def _averaged(row: dict[str, Any]) -> str:
     seeds = len(row["seeds"])
-    return f"`{row['recipe']}`" + (f", mean of {seeds} seeds" if seeds > 1 else "")
+    return f"`{row['recipe']}`, " + (f"mean of {seeds} seeds" if seeds > 1 else "one seed")
 
 
 def short_table(rows: list[dict[str, Any]]) -> str:

@@ -164,7 +164,7 @@ class MirrorConv(nn.Module):
         return torch.cat([self.even.weight, self.odd.weight], 1)
 
     def forward(self, x: Tensor) -> Tensor:
-        # torch.compile fails on the functions written by hand. It fuses the plain ones itself.
+        # torch.compile fails on the functions written by hand.
         combine, join = (_combine, _join) if torch.compiler.is_compiling() else (_Combine.apply, _Join.apply)
         even, odd = combine(x.permute(0, 2, 3, 1), self.size, self.padding)
         return join(_convolve(even, self.even), _convolve(odd, self.odd)).permute(0, 3, 1, 2)
@@ -195,7 +195,7 @@ def _join(even: Tensor, odd: Tensor) -> Tensor:
 
 
 class _Combine(torch.autograd.Function):
-    """`_combine`, with sums written directly into the result and gradients added up in place.
+    """`_combine`, with sums written directly into the result, and gradients added up in pairs.
 
     Autograd would make a new map for every term, and for every slice one that is filled with zeros.
     """
@@ -241,7 +241,7 @@ class _Combine(torch.autograd.Function):
 
 
 class _Join(torch.autograd.Function):
-    """`_join`, with sums written directly into the result, and without a negated map in the backward pass."""
+    """`_join`, with sums written directly into the result. Autograd would also make a negated copy of the gradient."""
 
     @staticmethod
     def forward(ctx: Any, even: Tensor, odd: Tensor) -> Tensor:

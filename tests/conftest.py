@@ -1,4 +1,4 @@
-"""One thread per process: the tests' networks are tiny, and pytest-xdist runs several test files at once."""
+"""One thread per process: the tests' networks are tiny, and pytest-xdist runs several of them at once."""
 
 import os
 

@@ -782,7 +782,7 @@ DEFAULT = make_row("default", 70.4, seeds=[0, 1], train_seconds=[460.0, 480.0],
 
 def test_the_headline_has_the_best_and_the_default_recipe() -> None:
     best, worse = make_row("best", 73.7, train_seconds=[1500.0]), make_row("worse", 30.0)
-    on_two_cores = "**73.70% on the test set after 25 minutes of training on 2 CPU cores** (`best`)"
+    on_two_cores = "**73.70% on the test set after 25 minutes of training on 2 CPU cores** (`best`, one seed)"
     assert headline([worse, DEFAULT, best]) == \
         f"{on_two_cores}; 70.40% after 8 minutes (`default`, mean of 2 seeds)."
     assert headline([best, worse]) == f"{on_two_cores}."
@@ -790,7 +790,7 @@ def test_the_headline_has_the_best_and_the_default_recipe() -> None:
                                           "(`default`, mean of 2 seeds).")
     on_a_gpu = make_row("best", 80, device="cuda", train_seconds=[30.0], machines=[{"processor": "A GPU"}])
     assert headline([DEFAULT, on_a_gpu]) == (
-        "**80.00% on the test set after 30 seconds of training on A GPU** (`best`); "
+        "**80.00% on the test set after 30 seconds of training on A GPU** (`best`, one seed); "
         "70.40% after 8 minutes on 2 CPU cores (`default`, mean of 2 seeds).")
 
 

@@ -1,7 +1,7 @@
 """Crash safety: kills, signals, damaged checkpoints, full disks, and folders that are read-only or gone.
 
 Processes are really killed, and disks are really full (to a process that may write no more). The test with twenty kills
-takes minutes: `python -m pytest -m slow`.
+takes minutes: `make test-slow`.
 """
 
 import ctypes
