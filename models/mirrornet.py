@@ -248,7 +248,6 @@ class _Join(torch.autograd.Function):
         return _sum_and_difference(even, odd)
 
     @staticmethod
-    @once_differentiable
     def backward(ctx: Any, halves: Tensor) -> tuple[Tensor, Tensor]:
         first, second = halves.chunk(2, 3)
         return first + second, first - second

@@ -209,5 +209,5 @@ def test_two_processes_with_batch_norm_train_as_well(tmp_path: Path) -> None:
         assert done.returncode == 0, done.stderr
         accuracies[processes] = read_json(tmp_path / f"in{processes}" / "result.json")["val_acc"]
         load_model(tmp_path / f"in{processes}" / "model.safetensors")
-    assert min(accuracies.values()) > 15  # percent; guessing gives 1, and four seeds in one process 22 to 24
-    assert abs(accuracies[1] - accuracies[2]) < 6  # of 1,000 images; a standard error is about one percent
+    assert min(accuracies.values()) > 19  # percent; guessing gives 1, and four seeds in one process 22 to 24
+    assert abs(accuracies[1] - accuracies[2]) < 4  # of 1,000 images; a standard error is about one percent
